@@ -1,0 +1,69 @@
+"""The shape of a model: everything that decides which tensors a Rack holds and what they compute."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Rack of `n_stacks` Stacks of `blocks_per_stack` Blocks.
+
+    The grouping into Stacks is data: parameter names run flat over all Blocks, so regrouping renames nothing.
+
+    Raises:
+        ValueError: If a field is out of range or two fields contradict each other.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int = 0
+    """Key and value heads; 0 means `n_heads` (multi-head attention), fewer is grouped-query attention."""
+    head_dim: int = 0
+    """Size of one head; 0 means `d_model / n_heads`."""
+    d_ff: int
+    n_stacks: int = 1
+    blocks_per_stack: int
+    max_seq_len: int = 2048
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    attention_mode: Literal["causal", "bidirectional"] = "causal"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not self.n_kv_heads:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        for name in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_stacks", "blocks_per_stack"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.head_dim:
+            if self.d_model % self.n_heads:
+                raise ValueError(
+                    f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}: set head_dim to choose one"
+                )
+            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even head_dim")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks in the whole Rack."""
+        return self.n_stacks * self.blocks_per_stack
+
+    def regrouped(self, n_stacks: int) -> "ModelConfig":
+        """The same Blocks in another number of Stacks.
+
+        Raises:
+            ValueError: If the Blocks do not divide into that many Stacks.
+        """
+        if self.n_blocks % n_stacks:
+            raise ValueError(f"{self.n_blocks} blocks do not divide into n_stacks={n_stacks}")
+        return replace(self, n_stacks=n_stacks, blocks_per_stack=self.n_blocks // n_stacks)

@@ -1,0 +1,63 @@
+"""Language-model loss that never holds all logits.
+
+Shapes: N tokens, D model, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from raygrow.kernels.cross_entropy import cross_entropy_
+
+LOGIT_BYTES = 512 * 2**20
+"""Size of the chunk of logits that is alive at a time."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients in the forward pass, chunk by chunk, while the chunk's logits exist.
+
+    The head's three matrix products are done once each, as with full logits; recomputing would add a fourth.
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        grad_x_ND = torch.empty_like(x_ND) if needs_x else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=total.dtype) if needs_weight else None
+        rows = max(1, LOGIT_BYTES // (weight_VD.shape[0] * x_ND.element_size()))
+        for start in range(0, len(x_ND), rows):
+            chunk = slice(start, start + rows)
+            logits_NV = x_ND[chunk] @ weight_VD.T
+            total += cross_entropy_(logits_NV, targets_N[chunk]).sum()
+            if grad_x_ND is not None:
+                torch.mm(logits_NV, weight_VD, out=grad_x_ND[chunk])
+            if grad_weight_VD is not None:
+                grad_weight_VD += logits_NV.T @ x_ND[chunk]
+        ctx.save_for_backward(grad_x_ND, grad_weight_VD)
+        ctx.dtypes = x_ND.dtype, weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad_total,) = grads
+        scaled = (
+            None if grad is None else (grad * grad_total).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*scaled, None)
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Sum over tokens of the cross entropy of `x_ND @ weight_VD.T` with the targets, in nats.
+
+    Args:
+        x_ND: Final hidden states.
+        weight_VD: Output matrix.
+        targets_N: Token ids; -100 is left out.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 input). Divide by the number of targets for a mean.
+    """
+    if not torch.is_grad_enabled():  # spare the gradients that nobody will ask for
+        x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N)

@@ -1,0 +1,82 @@
+"""The whole language model: embedding, Stacks of Blocks, final norm, output head.
+
+Shapes: B batch, T tokens, D model, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from raygrow.nn.attention import Attend, default_attend
+from raygrow.nn.block import Block
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.linear import linear
+from raygrow.nn.loss import linear_cross_entropy
+from raygrow.nn.norm import norm
+from raygrow.nn.rope import rope_angles
+from raygrow.nn.stack import Stack
+
+
+class Rack(nn.Module):
+    """A language model built from a `ModelConfig`.
+
+    Blocks are registered once, in `blocks`, so that names stay flat (`blocks.7.attention.q.weight`); `stacks` groups
+    the same Blocks without registering them again. A tied model has no `head`: it reads the embedding.
+
+    Weights are whatever the device gives until `nn.init.init_weights` or a loaded checkpoint fills them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
+        self.norm = norm(config, config.d_model)
+        self.head = None if config.tie_embeddings else linear(config.d_model, config.vocab_size)
+        size = config.blocks_per_stack
+        # a tuple, which torch.nn does not register: the Blocks above stay the only owners of the parameters
+        self.stacks = tuple(Stack(self.blocks[i * size : (i + 1) * size]) for i in range(config.n_stacks))
+        self.attend = default_attend(config)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The `(V, D)` output matrix; the embedding's own when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        positions_T: Tensor | None = None,
+        attends: Sequence[Attend] | None = None,
+    ) -> Tensor:
+        """Logits `(B, T, V)`, or with `targets_BT` the summed loss (see `linear_cross_entropy`).
+
+        Args:
+            tokens_BT: Token ids.
+            targets_BT: The ids to predict; -100 is left out of the loss.
+            positions_T: Position of each token; 0..T-1 when not given.
+            attends: One attention function per Block; full attention when not given.
+
+        Returns:
+            Logits, or the sum of the token losses in nats, a scalar in fp32.
+        """
+        if positions_T is None:
+            positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        rope = rope_angles(positions_T, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+        attends = attends or [self.attend] * self.config.n_blocks
+        x_BTD = self.embedding(tokens_BT)
+        first = 0
+        for stack in self.stacks:
+            x_BTD = stack(x_BTD, rope, attends[first : first + len(stack.blocks)])
+            first += len(stack.blocks)
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is None:
+            return nn.functional.linear(x_BTD, self.head_weight)
+        return linear_cross_entropy(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """The modules to shard one by one, in the order they run: every Block, then the Rack with what is left."""
+        return [*self.blocks, self]

@@ -1,0 +1,21 @@
+"""A run of Blocks: the unit that growth stacks and that progressive training trains."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from raygrow.nn.attention import Attend
+from raygrow.nn.block import Block
+
+
+class Stack(nn.Module):
+    """Blocks applied one after another. `attends` gives each Block the attention it is to use."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attends: Sequence[Attend]) -> Tensor:
+        for block, attend in zip(self.blocks, attends, strict=True):
+            x_BTD = block(x_BTD, rope, attend)
+        return x_BTD

@@ -1,0 +1,102 @@
+"""Settings of training: what a run's phases share, and what one phase may change."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raygrow.growth.operator import GrowthConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101). Weight decay applies to matrices only."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over a phase. Only a run's last phase decays, unless a phase says so itself."""
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    warmup_steps: int = 100
+    decay: float = 0.2
+    """Share of the phase's steps spent decaying (wsd, linear). A cosine decays from the end of warmup."""
+    final_ratio: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What the phases of a run share."""
+
+    seq_len: int = 512
+    batch_size: int = 64
+    """Sequences in one optimizer step, over all workers."""
+    micro_batch_size: int = 0
+    """Sequences in one forward pass of one worker; 0 takes the worker's whole share."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 mixed precision on CUDA, fp32 on CPU. Master weights and Adam's moments are fp32 in both."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of every Block; `auto` compiles on CUDA."""
+    activation_checkpointing: bool = False
+    deterministic: bool = False
+    """Bit-exact resume on CUDA too, at some cost in speed."""
+    report_every: int = 10
+    """Steps between two lines of history.jsonl."""
+    evaluate_every: int = 100
+    evaluate_sequences: int = 64
+    """Validation sequences scored at each evaluation, always the same ones; 0 takes all."""
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    """Checkpoints kept per phase."""
+    diverged_above: float = 2.0
+    """Stop when the loss is this many nats above the lowest reported loss of the phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One stage of a plan. A field left out takes the run's value (`train.*`)."""
+
+    growth: GrowthConfig | None = None
+    """Applied to the model of the phase before, as this phase starts."""
+    max_loss_jump: float | None = None
+    """Nats that the validation loss may rise at growth; more ends the run."""
+    optimizer_state: Literal["copy", "drop"] = "copy"
+    """What happens to Adam's moments and step count at growth."""
+    init: str | None = None
+    """A model folder (raygrow's or Hugging Face's) to start from."""
+    share: float | None = None
+    """Budget as a share of the plan's FLOPs. One of share, tokens, flops, steps; none takes what is left."""
+    tokens: float | None = None
+    flops: float | None = None
+    steps: int | None = None
+    seq_len: int | None = None
+    """Must divide `train.seq_len`."""
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    lr: float | None = None
+    warmup_steps: int | None = None
+    decay: float | None = None
+    frozen: tuple[str, ...] = ()
+    """Parameters that do not train, as shell patterns over their names (`blocks.0.*`)."""
+    workers: int | tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """A run's phases, in order, and its budget.
+
+    The budget counts every phase: `tokens` is converted at the final model's FLOPs per token, so that a plan costs
+    what training the final model from scratch on that many tokens would.
+    """
+
+    tokens: float | None = None
+    flops: float | None = None
+    phases: dict[str, PhaseConfig]
