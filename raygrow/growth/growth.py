@@ -1,0 +1,18 @@
+"""What a growth operator gives back: the grown model's config and how to make its tensors."""
+
+from dataclasses import dataclass
+
+from raygrow.nn.config import ModelConfig
+from raygrow.weights.rules import Rules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """One growth of one model. Nothing is computed yet; the rules can be applied to any kind of tensor."""
+
+    config: ModelConfig
+    """Of the grown model."""
+    rules: Rules
+    """For every parameter of the grown model, how it is made from those of the source."""
+    exact: bool
+    """Whether the grown model computes the same function as its source; the verifier holds it to that."""

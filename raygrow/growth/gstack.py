@@ -1,0 +1,85 @@
+"""Gstack: depth growth by stacking the whole model on itself (arXiv 2405.15319).
+
+    source        M = [0 1 2]
+    factor 3      M o M o M = [0 1 2  0 1 2  0 1 2]
+
+Embedding, final norm and head are copied. The function changes, so the loss rises for a while after growth; rotary
+positions have no parameters and need nothing.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raygrow.growth.growth import Growth
+from raygrow.nn.config import ModelConfig
+from raygrow.weights.shapes import parameter_shapes
+from raygrow.weights.rules import copy_rule
+from raygrow.weights.verify import Check
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gstack:
+    """Makes a model `factor` times as deep: block i of the target is block `i mod n_blocks` of the source.
+
+    Raises:
+        ValueError: If the factor is not an integer of at least 1.
+    """
+
+    operator: Literal["gstack"] = "gstack"
+    factor: int = 4
+    """Copies of the model put on top of each other. The paper recommends 4 and finds the best between 2 and 4."""
+
+    def __post_init__(self) -> None:
+        if type(self.factor) is not int or self.factor < 1:
+            raise ValueError(f"growth factor={self.factor!r}: gstack needs an integer of at least 1")
+
+    def grow(self, config: ModelConfig) -> Growth:
+        """The growth of a model of this config: `factor` times the Stacks, each as large as before."""
+        target = replace(config, n_stacks=config.n_stacks * self.factor)
+        rules = {name: copy_rule(_origin(name, config.n_blocks)) for name in parameter_shapes(target)}
+        return Growth(config=target, rules=rules, exact=self.factor == 1)
+
+    def shrink(self, target: ModelConfig) -> ModelConfig:
+        """The config that grows into `target`, with whole Stacks where they divide, else as a single Stack.
+
+        `grow(shrink(target)).config` has the Blocks of `target`, and its grouping too where `factor` divides
+        `n_stacks`.
+
+        Raises:
+            ValueError: If the target's Blocks are not a multiple of the factor.
+        """
+        if target.n_stacks % self.factor == 0:
+            return replace(target, n_stacks=target.n_stacks // self.factor)
+        if target.n_blocks % self.factor:
+            raise ValueError(
+                f"growth factor={self.factor} does not divide the target's {target.n_blocks} blocks: choose a factor "
+                "that divides n_stacks * blocks_per_stack, or change those"
+            )
+        return replace(target, n_stacks=1, blocks_per_stack=target.n_blocks // self.factor)
+
+    def checks(self, source: Mapping[str, Tensor], target: Iterable[tuple[str, Tensor]]) -> list[Check]:
+        """Whether every target tensor is bit-equal to the one it comes from.
+
+        Args:
+            source: The source's tensors by name: full, or the same shard of each as in `target`.
+            target: Names and tensors of the grown model, or one worker's shards of them.
+        """
+        n_blocks = len({match[1] for name in source if (match := _BLOCK.match(name))})
+        wrong = [name for name, tensor in target if not torch.equal(tensor, source[_origin(name, n_blocks)])]
+        detail = f"block i is bit-equal to block i mod {n_blocks}; embedding, norm and head are copies"
+        if wrong:
+            detail = f"{len(wrong)} tensors differ from what they are copies of, the first is {wrong[0]}"
+        return [Check(name="gstack copies", passed=not wrong, detail=detail)]
+
+
+def _origin(name: str, n_blocks: int) -> str:
+    """The source tensor behind a target tensor, for a source of `n_blocks` Blocks."""
+    match = _BLOCK.match(name)
+    return f"blocks.{int(match[1]) % n_blocks}.{match[2]}" if match else name
