@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from raygrow.data.prepare import DataConfig
+from raygrow.data.sources import DataConfig
 from raygrow.nn.config import ModelConfig
 from raygrow.train.config import PlanConfig, TrainConfig
 
@@ -95,12 +95,7 @@ def _contradictions(run: RunConfig) -> Iterable[str]:
             f"train.seq_len={train.seq_len} is longer than model.max_seq_len={model.max_seq_len}: "
             "lower the first or raise the second"
         )
-    if not run.plan.phases:
-        yield "plan.phases is empty: a plan needs at least one phase, e.g. plan=scratch"
     for name, phase in run.plan.phases.items():
-        seq_len = phase.seq_len or train.seq_len
-        if train.seq_len % seq_len:
-            yield f"plan.phases.{name}.seq_len={seq_len} does not divide train.seq_len={train.seq_len}"
         batch_size = phase.batch_size or train.batch_size
         micro_batch_size = train.micro_batch_size if phase.micro_batch_size is None else phase.micro_batch_size
         if micro_batch_size > batch_size:
@@ -171,8 +166,8 @@ def _member(members: list[Any], tree: Any, path: str) -> Any:
     _require_mapping(tree, path)
     if len(members) == 1:
         return members[0]
-    tag = next(name for name, hint in _hints(members[0]).items() if typing.get_origin(hint) is Literal)
-    by_value = {value: member for member in members for value in typing.get_args(_hints(member)[tag])}
+    tag = next(name for name, hint in _hints(members[0]).items() if _is_constant(hint))
+    by_value = {typing.get_args(_hints(member)[tag])[0]: member for member in members}
     if tree.get(tag) not in by_value:
         raise ValueError(f"{_join(path, tag)}={tree.get(tag)!r}: must be one of {', '.join(map(str, by_value))}")
     return by_value[tree[tag]]
@@ -195,6 +190,10 @@ def _join(path: str, key: object) -> str:
 
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _is_constant(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal and len(typing.get_args(hint)) == 1
 
 
 @functools.cache
