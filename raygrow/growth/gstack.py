@@ -17,8 +17,8 @@ from torch import Tensor
 
 from raygrow.growth.growth import Growth
 from raygrow.nn.config import ModelConfig
-from raygrow.weights.shapes import parameter_shapes
 from raygrow.weights.rules import copy_rule
+from raygrow.weights.shapes import parameter_shapes
 from raygrow.weights.verify import Check
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")

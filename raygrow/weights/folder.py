@@ -1,0 +1,197 @@
+"""Model folders: config.json, safetensors and a tokenizer, in raygrow's own format or as a Hugging Face Llama."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.rack import Rack
+from raygrow.weights.apply import Derived
+from raygrow.weights.atomic import new_folder
+from raygrow.weights.hf import from_hf_config, hf_name, is_derived, to_hf_config, updated_hf_config
+from raygrow.weights.rules import copy_rule
+from raygrow.weights.safetensors_io import MAX_SHARD_BYTES, SafetensorsFolder, write_safetensors
+from raygrow.weights.shapes import meta_rack, parameter_shapes
+
+Format = Literal["raygrow", "hf"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files that go with a model wherever it goes; a folder has some of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A model on disk. Opening one reads headers only."""
+
+    path: Path
+    format: Format
+    config: ModelConfig
+    settings: dict[str, Any]
+    """config.json as it is."""
+    tensors: Mapping[str, Tensor]
+    """Every parameter under raygrow's name: a view of the memory-mapped file, not to be written to."""
+
+
+def open_folder(path: str | Path) -> ModelFolder:
+    """Opens a model folder of either format and checks that it holds the tensors its config calls for.
+
+    Raises:
+        FileNotFoundError: If the folder, its config.json or a file of tensors is missing.
+        ValueError: If the config cannot be read or a tensor is missing, unexpected or of another shape; names it.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path} is not a model folder: it has no config.json")
+    settings = json.loads((path / "config.json").read_text())
+    own = settings.get("model_type") == "raygrow"
+    try:
+        config = _own_config(settings) if own else from_hf_config(settings)
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from error
+    shapes = parameter_shapes(config)
+    stored_as = {name: name if own else hf_name(name) for name in shapes}
+    stored = SafetensorsFolder(path)
+    _check_stored(stored, {stored_as[name]: shape for name, shape in shapes.items()}, path, config)
+    return ModelFolder(
+        path=path,
+        format="raygrow" if own else "hf",
+        config=config,
+        settings=settings,
+        tensors=Derived({name: copy_rule(stored_as[name]) for name in shapes}, stored),
+    )
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Rack:
+    """The model of a folder, with tensors of its own.
+
+    Args:
+        path: A folder that `open_folder` takes.
+        dtype: Of the parameters; as stored when not given.
+        device: Where they go.
+    """
+    folder = open_folder(path)
+    model = meta_rack(folder.config)
+    tensors = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in folder.tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def write_folder(
+    path: str | Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    format: Format = "raygrow",
+    tokenizer_from: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    settings: dict[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    replace: bool = False,
+) -> Path:
+    """Writes a model folder, one tensor at a time; it appears under its name when it is complete.
+
+    Args:
+        path: The new folder.
+        config: The model.
+        tensors: Every parameter under raygrow's name, in any order. A tied model has no head.
+        format: `raygrow`, or `hf` for a Hugging Face Llama.
+        tokenizer_from: A folder whose tokenizer files are copied along.
+        dtype: Converts the parameters; each keeps its own when not given.
+        settings: For `hf`, the config.json of the Llama that this one was made from: keys of it that the new shape
+            does not change are kept.
+        max_shard_bytes: Size beyond which the tensors are spread over several files.
+        replace: Take the place of a folder that is already there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If a parameter is missing, unexpected or of another shape, or the format cannot hold the model.
+        OSError: If the folder exists already or cannot be written.
+    """
+    path = Path(path)
+    description = _description(config, format, settings)
+    shapes = parameter_shapes(config)
+    rename = hf_name if format == "hf" else str
+    with new_folder(path, replace=replace) as aside:
+        named = ((rename(name), tensor) for name, tensor in _checked(tensors, shapes, dtype))
+        dtypes = write_safetensors(aside, named, names=map(rename, shapes), max_shard_bytes=max_shard_bytes)
+        if format == "hf" and (settings is None or dtype is not None):
+            stored_dtype = str(dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
+            description |= dict.fromkeys(("dtype", "torch_dtype"), stored_dtype)
+        (aside / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        if tokenizer_from is not None:
+            copy_tokenizer(Path(tokenizer_from), aside)
+    return path
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer files that `source` has."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _own_config(settings: dict[str, Any]) -> ModelConfig:
+    known = {field.name for field in fields(ModelConfig)}
+    model = settings.get("model", {})
+    if unknown := sorted(set(model) - known):
+        raise ValueError(f"model.{unknown[0]} is not a field of a model: written by another version of raygrow?")
+    try:
+        return ModelConfig(**model)
+    except TypeError as error:  # a required field is not there
+        raise ValueError(str(error)) from error
+
+
+def _description(config: ModelConfig, format: Format, settings: dict[str, Any] | None) -> dict[str, Any]:
+    if format == "raygrow":
+        return {"model_type": "raygrow", "model": asdict(config)}
+    return updated_hf_config(settings, config) if settings else to_hf_config(config)
+
+
+def _check_stored(
+    stored: SafetensorsFolder, expected: dict[str, torch.Size], folder: Path, config: ModelConfig
+) -> None:
+    found = stored.shapes()
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"{folder}: tensor {name!r} is missing; its config.json calls for it")
+        if found[name] != shape:
+            raise ValueError(
+                f"{folder}: tensor {name!r} has shape {tuple(found[name])}, its config.json calls for {tuple(shape)}"
+            )
+    for name in found:
+        if name not in expected and not is_derived(name, config):
+            raise ValueError(f"{folder}: tensor {name!r} has no place in the model that its config.json describes")
+
+
+def _checked(
+    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Passes the tensors on, converted, and raises unless they are exactly those of the model."""
+    missing = dict(shapes)
+    for name, tensor in tensors:
+        expected = missing.pop(name, None)
+        if expected is None:
+            raise ValueError(f"tensor {name!r} has no place in the model, or came twice")
+        if tensor.shape != expected:
+            raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the model has {tuple(expected)}")
+        yield name, tensor.to(dtype=dtype)
+    if missing:
+        raise ValueError(f"tensor {next(iter(missing))!r} of the model was not given")
