@@ -1,0 +1,220 @@
+"""From text to token shards: read, drop duplicates, split, tokenize, pack.
+
+Documents are ordered by the hash of their text. That shuffles them, decides which ones are for validation, puts
+duplicates side by side, and makes the result the same however many processes did the work.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from raygrow.data.shards import TOKENIZER_FOLDER, Manifest, ShardWriter, SplitInfo, check_tokenizer, load_manifest
+from raygrow.data.sources import DataConfig, Progress, list_parts, read_documents, silent
+from raygrow.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+BATCH_BYTES = 8_000_000
+"""Text tokenized at a time: enough to keep every core busy."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class TokenBatch(NamedTuple):
+    """Some documents' token ids, each document closed by the end-of-text token."""
+
+    tokens: np.ndarray
+    documents: int
+    bytes: int
+
+
+class Documents(Protocol):
+    """The documents of one split, unique and in order of their digests."""
+
+    def __len__(self) -> int: ...
+
+    def texts(self) -> Iterator[str]:
+        """The documents one by one."""
+        ...
+
+    def tokenize(self, tokenizer: Tokenizer) -> Iterator[TokenBatch]:
+        """The documents' tokens, in the same order."""
+        ...
+
+
+Engine = Callable[[DataConfig, Progress], Mapping[str, Documents]]
+"""Reads a corpus, and gives its `train` and `validation` documents."""
+
+
+def prepare(config: DataConfig, *, progress: Progress = silent, engine: Engine | None = None) -> Manifest:
+    """Write the shards, manifest and tokenizer of a corpus. A folder that is already finished is left as it is.
+
+    Args:
+        config: The corpus.
+        progress: Called as the work goes on.
+        engine: Does the reading and tokenizing; in this process, in memory, unless another one is given.
+
+    Raises:
+        FileNotFoundError: If no file matches, or the tokenizer is missing.
+        ValueError: If a file cannot be read, the corpus is empty, or the folder holds other data.
+        OSError: If the disk fills up. Nothing is left under `config.path` then.
+    """
+    folder = Path(config.path)
+    if folder.exists():
+        return _finished(config)
+    tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
+    with _written_aside(folder) as aside:
+        splits = (engine or read_corpus)(config, progress)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(_training_text(config, splits["train"], progress), config.tokenizer.vocab_size)
+        tokenizer.save(aside / TOKENIZER_FOLDER)
+        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        manifest = Manifest(
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            dtype=dtype.str,
+            splits={
+                name: _write_split(
+                    ShardWriter(aside, name, dtype=dtype, shard_tokens=config.shard_tokens),
+                    documents,
+                    tokenizer,
+                    progress,
+                )
+                for name, documents in splits.items()
+            },
+            settings=_settings(config),
+        )
+        manifest.save(aside)
+    return manifest
+
+
+def digest(text: str) -> str:
+    """What tells documents apart and orders them: 128 bits of their text's hash, in hexadecimal."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def first_training_digest(validation_share: float) -> str:
+    """Documents with a smaller digest than this one are for validation, wherever else they may turn up."""
+    return f"{int(validation_share * 2**64):016x}"
+
+
+def split_point(config: DataConfig, *, documents: int, below: int) -> int:
+    """How many documents, from the first, are for validation: those `below` the threshold, and at least one.
+
+    Raises:
+        ValueError: If there is nothing left to train on.
+    """
+    if documents < 2:
+        raise ValueError(
+            f"data: the corpus has {documents} documents that are not blank, and needs at least two (one for "
+            "validation); give it more text"
+        )
+    return min(max(below, 1), documents - 1)
+
+
+def tokenize_texts(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Token ids of texts one after another, each closed by the end-of-text token."""
+    end = [tokenizer.eos_id]
+    return np.concatenate([np.array(ids + end, dtype=np.uint32) for ids in tokenizer.encode_batch(texts)])
+
+
+class LocalDocuments:
+    """Documents held in memory."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def texts(self) -> Iterator[str]:
+        """The documents one by one."""
+        return iter(self._texts)
+
+    def tokenize(self, tokenizer: Tokenizer) -> Iterator[TokenBatch]:
+        """The documents' tokens, in the same order."""
+        batch: list[str] = []
+        size = 0
+        for position, text in enumerate(self._texts, 1):
+            batch.append(text)
+            size += len(text.encode())
+            if size >= BATCH_BYTES or position == len(self._texts):
+                yield TokenBatch(tokenize_texts(batch, tokenizer), len(batch), size)
+                batch, size = [], 0
+
+
+def read_corpus(config: DataConfig, progress: Progress = silent) -> dict[str, Documents]:
+    """The engine for corpora that fit into memory."""
+    unique = {digest(text): text for text in read_documents(config, list_parts(config), progress=progress)}
+    ordered = sorted(unique)
+    below = int(np.searchsorted(ordered, first_training_digest(config.validation_share)))
+    n_validation = split_point(config, documents=len(ordered), below=below)
+    texts = [unique[key] for key in ordered]
+    return {"train": LocalDocuments(texts[n_validation:]), "validation": LocalDocuments(texts[:n_validation])}
+
+
+def _training_text(config: DataConfig, documents: Documents, progress: Progress) -> Iterator[str]:
+    """The first documents to train on, as far as a tokenizer should look. Validation text is never among them."""
+    total, seen = config.tokenizer.train_bytes, 0
+    for text in documents.texts():
+        yield text
+        seen += len(text.encode())
+        progress(min(seen, total), total, "bytes for the tokenizer")
+        if seen >= total:
+            return
+
+
+def _write_split(writer: ShardWriter, documents: Documents, tokenizer: Tokenizer, progress: Progress) -> SplitInfo:
+    n_documents = n_bytes = n_tokens = 0
+    for batch in documents.tokenize(tokenizer):
+        writer.write(batch.tokens)
+        n_documents, n_bytes = n_documents + batch.documents, n_bytes + batch.bytes
+        n_tokens += len(batch.tokens)
+        progress(n_documents, len(documents), "documents tokenized")
+    return SplitInfo(documents=n_documents, bytes=n_bytes, tokens=n_tokens, shards=writer.finish())
+
+
+def _settings(config: DataConfig) -> dict[str, Any]:
+    """What decides the content of the shards: neither where they lie nor which engine wrote them."""
+    return {key: value for key, value in asdict(config).items() if key not in ("path", "engine")}
+
+
+def _finished(config: DataConfig) -> Manifest:
+    """The manifest of a folder that is there already, if it is what the config asks for."""
+    manifest = load_manifest(config.path)
+    wanted = {key: list(value) if isinstance(value, tuple) else value for key, value in _settings(config).items()}
+    changed = [key for key in wanted if manifest.settings.get(key) != wanted[key]]
+    if changed:
+        differences = "; ".join(f"data.{key} was {manifest.settings.get(key)}, is {wanted[key]}" for key in changed)
+        raise ValueError(
+            f"{config.path} was prepared with other settings ({differences}). Set data.path to another folder, or delete it"
+        )
+    if config.tokenizer.path:
+        check_tokenizer(manifest, load_tokenizer(config.tokenizer.path), name=config.tokenizer.path)
+    return manifest
+
+
+@contextmanager
+def _written_aside(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its name once everything is written and vanishes otherwise."""
+    aside = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(folder)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)}, while writing the data of {folder}. Nothing was kept; free some space or set "
+                "data.path to another disk",
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,150 @@
+"""Tokenizers: train a byte-level BPE, or take the one of any Hugging Face folder.
+
+A Tokenizer is the files it came from. They are saved byte for byte as they were read, so the hash of `tokenizer.json`
+says whether token shards and a model belong together.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+COMPANION_FILES = (SETTINGS_FILE, "special_tokens_map.json", "chat_template.jinja")
+COMMON_END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        files: File name to content; `tokenizer.json` and what stands beside it in a Hugging Face folder.
+        origin: Where the files came from, for error messages.
+
+    Raises:
+        ValueError: If `tokenizer.json` cannot be read, or no end-of-text token is named.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], *, origin: str = "the tokenizer") -> None:
+        self._files = dict(files)
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE].decode("utf-8"))
+            settings = json.loads(files.get(SETTINGS_FILE, b"{}"))
+        except Exception as error:  # the Rust library raises a bare Exception
+            raise ValueError(f"{origin}: {TOKENIZER_FILE} or {SETTINGS_FILE} cannot be read ({error})") from error
+        self._backend.no_truncation()  # a folder may carry the limits of the model that it was made for
+        self._backend.no_padding()
+        self.eos_id = _end_id(self._backend, settings, origin)
+        """Id of the token that ends every document."""
+        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        """One more than the largest id: the rows that an embedding needs."""
+        self.sha256 = hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()
+        """Identity of the tokenizer: the hash of its `tokenizer.json`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text, no special tokens added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of many texts, on all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids; special tokens are left out."""
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files into a folder, which `transformers` can read too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE (GPT-2's, https://openai.com/index/better-language-models). The same texts give the same tokenizer.
+
+    Args:
+        texts: What to learn the merges from.
+        vocab_size: Tokens wanted, the 256 bytes and the end-of-text token included; a tiny corpus may give fewer.
+
+    Raises:
+        ValueError: If `vocab_size` leaves no room for the bytes.
+    """
+    if vocab_size < 257:
+        raise ValueError(
+            f"vocab_size={vocab_size}: a byte-level tokenizer needs 257 tokens (256 bytes and end of text)"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    return Tokenizer(
+        {TOKENIZER_FILE: backend.to_str().encode(), SETTINGS_FILE: json.dumps(settings, indent=2).encode()}
+    )
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a folder (raygrow's or Hugging Face's), or of a single `tokenizer.json`.
+
+    Older Hugging Face folders without `tokenizer.json` are converted by `transformers`.
+
+    Raises:
+        FileNotFoundError: If there is nothing at `path`.
+        ValueError: If what is there is no tokenizer.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such tokenizer; give a folder that holds {TOKENIZER_FILE}")
+    if path.is_file():
+        return Tokenizer({TOKENIZER_FILE: path.read_bytes()}, origin=str(path))
+    if not (path / TOKENIZER_FILE).exists():
+        return _convert(path)
+    names = [name for name in (TOKENIZER_FILE, *COMPANION_FILES) if (path / name).exists()]
+    return Tokenizer({name: (path / name).read_bytes() for name in names}, origin=str(path))
+
+
+def _convert(folder: Path) -> Tokenizer:
+    """A slow tokenizer's folder (`vocab.json` and `merges.txt`, sentencepiece), rewritten as a fast one."""
+    from transformers import AutoTokenizer  # slow to import, and rarely needed
+
+    try:
+        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # every tokenizer class fails in its own way
+        raise ValueError(
+            f"{folder}: there is no {TOKENIZER_FILE}, and transformers finds no tokenizer in it"
+        ) from error
+    with TemporaryDirectory() as temporary:
+        converted.save_pretrained(temporary)
+        if not (Path(temporary) / TOKENIZER_FILE).exists():
+            raise ValueError(f"{folder}: its tokenizer has no fast version; save one with transformers' `convert_slow`")
+        return load_tokenizer(temporary)
+
+
+def _end_id(backend: tokenizers.Tokenizer, settings: dict[str, Any], origin: str) -> int:
+    """The end-of-text id that the folder's settings name, or else that of a common end-of-text token."""
+    named = settings.get("eos_token")
+    if isinstance(named, dict):  # older folders describe the token in full
+        named = named["content"]
+    for token in (named,) if named else COMMON_END_TOKENS:
+        end_id = backend.token_to_id(token)
+        if end_id is not None:
+            return end_id
+    raise ValueError(
+        f"{origin}: no end-of-text token; name one that its vocabulary holds as `eos_token` in {SETTINGS_FILE}"
+        + (f" ({named!r} is not in it)" if named else "")
+    )
