@@ -8,12 +8,10 @@ import dataclasses
 import difflib
 import functools
 import platform
-import subprocess
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +19,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from raygrow.data.sources import DataConfig
+from raygrow.evaluate.record import commit, versions
 from raygrow.nn.config import ModelConfig
 from raygrow.train.config import PlanConfig, TrainConfig
 
@@ -219,7 +218,8 @@ def to_tree(config: Any) -> Any:
 
 def to_yaml(run: RunConfig) -> str:
     """The text of `run.yaml`: the resolved configuration, and the code and versions that it ran with."""
-    return yaml.safe_dump(to_tree(run) | {"made_with": _made_with()}, sort_keys=False, allow_unicode=True)
+    made_with = {"commit": commit(), "python": platform.python_version(), **versions()}
+    return yaml.safe_dump(to_tree(run) | {"made_with": made_with}, sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(text: str) -> RunConfig:
@@ -234,22 +234,3 @@ def from_yaml(text: str) -> RunConfig:
         raise ValueError(f"run.yaml is not YAML: {' '.join(str(error).split())}") from None
     _require_mapping(tree, "run.yaml")
     return build(RunConfig, {key: value for key, value in tree.items() if key != "made_with"})
-
-
-def _made_with() -> dict[str, Any]:
-    packages = ("raygrow", "torch", "ray", "transformers", "tokenizers", "numpy")
-    return {
-        "commit": _commit(),
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, marked when it was changed; None for an installed wheel."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
