@@ -1,0 +1,124 @@
+"""Loss, perplexity and bits per byte of a finished model on the validation split of prepared data."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raygrow.data.sampler import fixed_batch
+from raygrow.data.shards import MANIFEST_FILE, check_tokenizer, open_tokens
+from raygrow.evaluate.record import choose_device, commit, sha256_of, versions
+from raygrow.nn.score import bits_per_byte, sum_loss
+from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
+from raygrow.weights.folder import load_model
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""`progress(sequences_done, sequences_in_all)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """A result with all that is needed to get it again."""
+
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    """Tokens that were predicted."""
+    seconds: float
+    sequences: int
+    seq_len: int
+    device: str
+    dtype: str
+    model: str
+    model_sha256: str
+    """Of config.json and the tensors."""
+    data: str
+    data_sha256: str
+    """Of the manifest, which holds the shards' own."""
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    commit: str | None = field(default_factory=commit)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def to_json(self) -> str:
+        """The record as indented JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def evaluate_model(
+    model_folder: Path,
+    data_path: Path,
+    *,
+    sequences: int = 0,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> EvaluationRecord:
+    """Scores a model folder on the validation split, in the precision that its weights are stored in.
+
+    Args:
+        model_folder: A raygrow or Hugging Face model folder.
+        data_path: A folder of prepared data.
+        sequences: How many, from the start of the split; 0 takes all.
+        seq_len: Tokens in each; the model's `max_seq_len` when not given.
+        batch_size: Sequences in one forward pass.
+        device: `cuda`, `cpu`, ...; CUDA where there is one when not given.
+        progress: Called after each batch.
+
+    Raises:
+        FileNotFoundError: If a folder or a file in it is missing.
+        ValueError: If a file is damaged, the data was prepared with another tokenizer than the model's, or the split is
+            shorter than one sequence.
+    """
+    tokens = open_tokens(data_path, "validation")
+    if (model_folder / TOKENIZER_FILE).is_file():
+        check_tokenizer(tokens.manifest, load_tokenizer(model_folder), name=f"the tokenizer of {model_folder}")
+    place = choose_device(device)
+    model = load_model(model_folder, device=place).eval()
+    if tokens.manifest.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{model_folder} knows {model.config.vocab_size} tokens, but {data_path} was prepared with a tokenizer of "
+            f"{tokens.manifest.vocab_size}: prepare the data with the model's own tokenizer"
+        )
+    batch = fixed_batch(tokens, sequences, seq_len or model.config.max_seq_len)
+    logger.info("evaluating %s on %s, %d sequences of %d tokens", model_folder, place, *batch[0].shape)
+    started = time.perf_counter()
+    total, count = sum_loss(model, _parts(batch, batch_size, place, progress))
+    loss = total.item() / count
+    return EvaluationRecord(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),  # beyond, a float overflows
+        bits_per_byte=bits_per_byte(loss, bytes_per_token=tokens.bytes_per_token),
+        tokens=count,
+        seconds=time.perf_counter() - started,
+        sequences=batch[0].shape[0],
+        seq_len=batch[0].shape[1],
+        device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
+        model=str(model_folder),
+        model_sha256=sha256_of([model_folder / "config.json", *model_folder.glob("*.safetensors")]),
+        data=str(data_path),
+        data_sha256=sha256_of([data_path / MANIFEST_FILE]),
+    )
+
+
+def _parts(
+    batch: tuple[Tensor, Tensor], size: int, device: torch.device, progress: Progress | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batch in pieces of `size` sequences on the device; says so when one has been dealt with."""
+    inputs_BT, targets_BT = batch
+    for start in range(0, len(inputs_BT), size):
+        yield inputs_BT[start : start + size].to(device), targets_BT[start : start + size].to(device)
+        if progress:
+            progress(min(start + size, len(inputs_BT)), len(inputs_BT))

@@ -1,0 +1,73 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from raygrow.data.shards import open_tokens
+from raygrow.evaluate.perplexity import evaluate_model
+from raygrow.evaluate.unigram import token_counts, unigram_loss
+from raygrow.nn.rack import Rack
+from raygrow.text.tokenizer import train_tokenizer
+
+
+def test_the_loss_is_that_of_plain_cross_entropy(model_folder: Path, data: Path, model: Rack):
+    seen = []
+    record = evaluate_model(
+        model_folder,
+        data,
+        sequences=5,
+        seq_len=16,
+        batch_size=2,
+        device="cpu",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    tokens = open_tokens(data, "validation")
+    text = torch.from_numpy(tokens.window(0, 81).astype("int64"))
+    with torch.no_grad():
+        logits_BTV = model(text[:80].view(5, 16))
+    expected = F.cross_entropy(logits_BTV.flatten(0, 1).double(), text[1:]).item()
+    assert record.loss == pytest.approx(expected, rel=1e-5)
+    assert record.perplexity == pytest.approx(math.exp(record.loss))
+    assert record.bits_per_byte == pytest.approx(expected / math.log(2) / tokens.bytes_per_token, rel=1e-5)
+    assert (record.sequences, record.seq_len, record.tokens) == (5, 16, 80)
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_the_record_says_what_was_measured(model_folder: Path, data: Path):
+    first, again = (json.loads(evaluate_model(model_folder, data, device="cpu").to_json()) for _ in range(2))
+    assert first["loss"] == again["loss"]
+    assert first["model_sha256"] == again["model_sha256"]
+    assert first["seq_len"] == 48  # the model's own
+    assert (first["device"], first["dtype"]) == ("cpu", "float32")
+    assert first["versions"]["torch"]
+    with (model_folder / "config.json").open("a") as file:
+        file.write("\n")
+    assert evaluate_model(model_folder, data, device="cpu").model_sha256 != first["model_sha256"]
+
+
+def test_another_tokenizer_is_refused(model_folder: Path, data: Path):
+    train_tokenizer(["something else entirely"], 270).save(model_folder)
+    with pytest.raises(ValueError, match=r"the tokenizer of .*model is not the one"):
+        evaluate_model(model_folder, data, device="cpu")
+
+
+def test_data_with_more_tokens_than_the_model_is_refused(model_folder: Path, data: Path):
+    (model_folder / "tokenizer.json").unlink()
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 999}))
+    with pytest.raises(ValueError, match="prepared with a tokenizer of 999"):
+        evaluate_model(model_folder, data, device="cpu")
+
+
+def test_unigram_loss_is_the_cross_entropy_of_smoothed_frequencies(data: Path):
+    train, validation = (open_tokens(data, split) for split in ("train", "validation"))
+    vocab_size = train.manifest.vocab_size
+    seen = train.window(0, train.n_tokens).tolist()
+    held_out = validation.window(0, validation.n_tokens).tolist()
+    share = [(seen.count(token) + 1) / (len(seen) + vocab_size) for token in range(vocab_size)]
+    expected = -sum(math.log(share[token]) for token in held_out) / len(held_out)
+    assert unigram_loss(data) == pytest.approx(expected)
+    assert token_counts(data, "train").sum() == train.n_tokens
