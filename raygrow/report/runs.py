@@ -1,0 +1,166 @@
+"""Reads run folders: what was set, what was measured, how growth was verified, how the run ended.
+
+A run in progress has no summary yet and may be in the middle of writing its last line; both are fine.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+SCRATCH_SUFFIX = "-scratch"
+"""The control of a run `name` is the run `name-scratch` beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of a run, as far as it has come. Costs are the run's totals at the phase's start and end."""
+
+    name: str
+    n_blocks: int | None
+    parameters: int | None
+    steps: int
+    tokens: float
+    """Tokens of this phase alone."""
+    start_flops: float
+    end_flops: float
+    start_seconds: float
+    end_seconds: float
+    val_loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder in memory."""
+
+    path: Path
+    settings: dict[str, Any]
+    """`run.yaml`: the resolved config with commit and versions."""
+    history: list[dict[str, Any]]
+    """Lines of `history.jsonl`, in order."""
+    growths: dict[str, dict[str, Any]]
+    """Verification of each growth, by the phase that it starts."""
+    summary: dict[str, Any]
+    """Empty while the run goes on."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def status(self) -> str:
+        """`finished`, `failed` or `in progress`."""
+        return self.summary.get("status", "in progress")
+
+    @property
+    def is_grown(self) -> bool:
+        """Whether growth is part of the run, be it still to come."""
+        plan = self.settings.get("plan") or {}
+        phases = (plan.get("phases") or {}).values()
+        return bool(self.growths) or any(phase and phase.get("growth") for phase in phases)
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Phases that have reported, in order."""
+        names = list(dict.fromkeys(line["phase"] for line in self.history))
+        described = {phase["name"]: phase for phase in self.summary.get("phases", [])}
+        found, before = [], {"flops": 0.0, "tokens": 0.0, "seconds": 0.0}
+        for name in names:
+            lines = [line for line in self.history if line["phase"] == name]
+            last, told = lines[-1], described.get(name, {})
+            phase = Phase(
+                name=name,
+                n_blocks=told.get("n_blocks"),
+                parameters=told.get("parameters") or self.growths.get(name, {}).get("parameters"),
+                steps=last["step"],
+                tokens=last["tokens"] - before["tokens"],
+                start_flops=before["flops"],
+                end_flops=last["flops"],
+                start_seconds=before["seconds"],
+                end_seconds=last["seconds"],
+                val_loss=next((line["val_loss"] for line in reversed(lines) if "val_loss" in line), None),
+            )
+            found.append(phase)
+            before = last
+        return found
+
+    def columns(self, *keys: str) -> tuple[np.ndarray, ...]:
+        """The named metrics over the history, from the lines that hold all of them."""
+        rows = [[line[key] for key in keys] for line in self.history if all(line.get(key) is not None for key in keys)]
+        return tuple(np.array(rows, dtype=float).reshape(-1, len(keys)).T)
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a metric, or None where there is none yet."""
+        return next((line[key] for line in reversed(self.history) if line.get(key) is not None), None)
+
+
+def load_run(path: Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        FileNotFoundError: If the folder has no `history.jsonl`.
+        ValueError: If a file in it is damaged; names the file, and the line in a history.
+    """
+    path = Path(path)
+    history = path / "history.jsonl"
+    if not history.is_file():
+        raise FileNotFoundError(
+            f"{history} does not exist: {path} is no run folder, or its training has not reported yet"
+        )
+    settings = path / "run.yaml"
+    summary = path / "summary.json"
+    growths = sorted((path / "growth").glob("*.json"))
+    return Run(
+        path=path.resolve(),
+        settings=_read_yaml(settings) if settings.is_file() else {},
+        history=read_history(history),
+        growths={file.stem: _read_json(file) for file in growths},
+        summary=_read_json(summary) if summary.is_file() else {},
+    )
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Reads run folders, grown ones first, and adds the control of each where it lies beside it and is not named."""
+    paths = [Path(path).resolve() for path in paths]
+    controls = [path.with_name(path.name + SCRATCH_SUFFIX) for path in paths]
+    found = [control for control in controls if (control / "history.jsonl").is_file()]
+    return sorted((load_run(path) for path in dict.fromkeys(paths + found)), key=lambda run: not run.is_grown)
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """Lines of a `history.jsonl`. A last line without its newline is still being written and is left out if broken.
+
+    Raises:
+        ValueError: If a line is damaged; names it as `file:line`.
+    """
+    lines = []
+    for number, text in enumerate(file.read_text().splitlines(keepends=True), 1):
+        try:
+            line = json.loads(text)
+            missing = {"phase", "step", "tokens", "flops", "seconds"} - line.keys()
+        except (json.JSONDecodeError, AttributeError) as error:
+            if not text.endswith("\n"):
+                break
+            raise ValueError(f"{file}:{number} is damaged: {error}. Remove the line and try again.") from error
+        if missing:
+            raise ValueError(f"{file}:{number} is no line of a history: it lacks {', '.join(sorted(missing))}")
+        lines.append(line)
+    return lines
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error

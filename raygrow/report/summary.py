@@ -1,0 +1,221 @@
+"""What a report says, apart from how it looks: the verdict in words and the tables. HTML and terminal show the same."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raygrow.evaluate.unigram import unigram_loss
+from raygrow.report import units
+from raygrow.report.compare import Comparison, compare_runs, headline, sentences
+from raygrow.report.runs import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of finished text."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    words: bool = False
+    """Whether all columns hold words; figures are set to the right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Everything that a report says."""
+
+    title: str
+    headline: str
+    outcome: str
+    """`won`, `lost`, `tied`, or `open` while there is nothing to compare."""
+    sentences: list[str]
+    tables: list[Table]
+    settings: Table
+
+
+def summarize(runs: list[Run]) -> Summary:
+    """The verdict and the tables of runs as `load_runs` gives them."""
+    comparisons = compare_runs(runs)
+    best = max(comparisons, key=lambda c: c.gain, default=None)
+    tables = [
+        runs_table(runs),
+        comparison_table(comparisons),
+        growth_table(runs),
+        checks_table(runs),
+        phases_table(runs),
+    ]
+    return Summary(
+        title=runs[0].name,
+        headline=headline(best) if best else "Nothing to compare yet",
+        outcome=best.outcome if best else "open",
+        sentences=_failures(runs) + (sentences(best) if best else [_why_open(runs)]) + _against_unigram(runs),
+        tables=[table for table in tables if table.rows],
+        settings=settings_table(runs),
+    )
+
+
+def runs_table(runs: list[Run]) -> Table:
+    """One row per run: its cost and where it stands."""
+    rows = [
+        [
+            run.name,
+            run.status,
+            units.count(run.last("tokens")),
+            units.flops(run.last("flops")),
+            units.duration(run.last("seconds")),
+            units.number(run.last("val_loss")),
+            units.number(run.last("val_bits_per_byte")),
+            units.count(run.last("tokens_per_second")),
+            units.percent(run.last("mfu")),
+        ]
+        for run in runs
+    ]
+    header = ["run", "status", "tokens", "FLOPs", "time", "val loss", "bits/byte", "tokens/s", "MFU"]
+    return _without_empty_columns(Table(title="Runs", header=header, rows=rows))
+
+
+def comparison_table(comparisons: list[Comparison]) -> Table:
+    """What each loss cost, both ways: where scratch ended and where growth ended."""
+    rows = []
+    for c in comparisons:
+        for at, seconds in ((c.reached, c.reached_seconds), (c.beyond, None)):
+            rows.append(
+                [
+                    c.grown,
+                    units.number(at.loss),
+                    units.flops(at.grown) if at.grown else "never reached",
+                    units.flops(at.scratch) if at.scratch else "never reached",
+                    units.percent(at.speedup, signed=True),
+                    units.percent(seconds.speedup if seconds else None, signed=True),
+                ]
+            )
+    return Table(
+        title="Speedup at equal loss",
+        header=["run", "val loss", "FLOPs grown", "FLOPs from scratch", "speedup", "in time"],
+        rows=rows,
+        note="Speedup = FLOPs from scratch / FLOPs grown - 1, the base model's FLOPs counted; read off between "
+        "evaluations by straight lines. A run that passes a loss before its learning rate has decayed would have "
+        "passed it earlier, had it been planned to end there. One run of each kind: another seed may move a loss by "
+        "about 0.01 nats.",
+    )
+
+
+def growth_table(runs: list[Run]) -> Table:
+    """The verification of every growth."""
+    rows = []
+    for run in runs:
+        for phase, v in run.growths.items():
+            operator = dict(v["operator"])
+            name = operator.pop("operator", "growth")
+            jump, allowed = units.number(v["loss_jump"]), v.get("max_loss_jump")
+            rows.append(
+                [
+                    f"{run.name}: {phase}",
+                    " ".join([name, *(f"{key}={value}" for key, value in operator.items())]),
+                    f"{units.count(v['source_parameters'])} → {units.count(v['parameters'])}",
+                    f"{v['output_difference']:.2g}",
+                    f"{units.number(v['loss_before'])} → {units.number(v['loss_after'])}",
+                    jump if allowed is None else f"{jump} (at most {allowed:g})",
+                    "passed" if v["passed"] else "FAILED",
+                ]
+            )
+    header = ["phase", "operator", "parameters", "output change", "val loss", "jump", "verified"]
+    return Table(title="Growth", header=header, rows=rows)
+
+
+def checks_table(runs: list[Run]) -> Table:
+    """The single checks behind each verification."""
+    rows = [
+        [f"{run.name}: {phase}", check["name"], "passed" if check["passed"] else "FAILED", str(check["detail"])]
+        for run in runs
+        for phase, verification in run.growths.items()
+        for check in verification.get("checks", [])
+    ]
+    return Table(title="Growth checks", header=["phase", "check", "result", "detail"], rows=rows, words=True)
+
+
+def phases_table(runs: list[Run]) -> Table:
+    """What each phase trained and cost."""
+    rows = []
+    for run in runs:
+        for phase in run.phases:
+            spent = phase.end_flops - phase.start_flops
+            rows.append(
+                [
+                    f"{run.name}: {phase.name}",
+                    str(phase.n_blocks or units.DASH),
+                    units.count(phase.parameters),
+                    str(phase.steps),
+                    units.count(phase.tokens),
+                    units.flops(spent),
+                    units.percent(spent / run.history[-1]["flops"]),
+                    units.duration(phase.end_seconds - phase.start_seconds),
+                    units.number(phase.val_loss),
+                ]
+            )
+    header = ["phase", "blocks", "parameters", "steps", "tokens", "FLOPs", "share", "time", "val loss"]
+    return _without_empty_columns(Table(title="Phases", header=header, rows=rows))
+
+
+def settings_table(runs: list[Run]) -> Table:
+    """Every setting of every run, those that differ first."""
+    flat = [flatten(run.settings) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = [[key, *(settings.get(key, units.DASH) for settings in flat)] for key in keys]
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)
+    return Table(title="Settings", header=["setting", *(run.name for run in runs)], rows=rows, words=True)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
+    """A settings tree as dotted keys and text; what is not set is left out."""
+    if isinstance(tree, dict):
+        return {
+            dotted: text
+            for key, value in tree.items()
+            for dotted, text in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {} if tree is None else {prefix: str(tree)}
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """A CPU run has no MFU, a run in progress no phase's depth: such columns are left out."""
+    kept = [i for i in range(len(table.header)) if any(row[i] != units.DASH for row in table.rows)]
+    return replace(table, header=[table.header[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])
+
+
+def _failures(runs: list[Run]) -> list[str]:
+    return [
+        f"{run.name} failed: {run.summary.get('reason') or 'no reason was recorded'}"
+        for run in runs
+        if run.status == "failed"
+    ]
+
+
+def _why_open(runs: list[Run]) -> str:
+    if all(run.is_grown for run in runs):
+        return "There is no run from scratch to compare with: control=true trains one."
+    if not any(run.is_grown for run in runs):
+        return "No run grows, so there is nothing to compare."
+    return "A verdict needs an evaluation of the grown run and of the one from scratch."
+
+
+def _against_unigram(runs: list[Run]) -> list[str]:
+    """How far the first run has come from knowing no more than how frequent each token is."""
+    loss, data = runs[0].last("val_loss"), (runs[0].settings.get("data") or {}).get("path")
+    if loss is None or data is None:
+        return []
+    try:
+        unigram = unigram_loss(Path(data))
+    except (FileNotFoundError, ValueError) as error:  # a run may be read where its data is not
+        logger.info("no unigram loss in the report: %s", error)
+        return []
+    side = "below" if loss < unigram else "ABOVE"
+    return [
+        f"{runs[0].name} stands at {loss:.3f}, {abs(unigram - loss):.2f} nats {side} the {unigram:.3f} that token "
+        f"frequencies alone would give."
+    ]

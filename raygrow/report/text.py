@@ -1,0 +1,61 @@
+"""The report's verdict and tables on the terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+
+from raygrow.report.runs import load_runs
+from raygrow.report.summary import Table, summarize
+
+SHOWN = ("Runs", "Speedup at equal loss", "Growth")
+"""Tables that fit a terminal; the HTML report has all of them."""
+
+COLORS = {"won": "green", "lost": "red", "tied": "yellow", "open": "cyan"}
+
+
+def print_summary(runs: Sequence[Path], console: Console | None = None) -> None:
+    """Prints what came out of run folders: the verdict in words, then the main tables.
+
+    Args:
+        runs: Run folders. The control of each (`<name>-scratch` beside it) is added by itself.
+        console: Where to print; standard output when not given.
+
+    Raises:
+        FileNotFoundError: If a folder is no run folder.
+        ValueError: If a file in a run folder is damaged.
+    """
+    console = console or Console(highlight=False)
+    loaded = [run for run in load_runs(runs) if run.history]
+    if not loaded:
+        console.print("No step has been reported yet.")
+        return
+    summary = summarize(loaded)
+    console.print(f"\n[bold {COLORS[summary.outcome]}]{escape(summary.headline)}[/]")
+    for sentence in summary.sentences:
+        console.print(escape(sentence))
+    for table in summary.tables:
+        if table.title in SHOWN:
+            console.print(_fitting(table, console))
+
+
+def _fitting(table: Table, console: Console) -> RichTable:
+    """The table, or where the terminal is too narrow for it, the table turned on its side."""
+    upright = _rich(table.title, [table.header, *table.rows])
+    if Measurement.get(console, console.options.update(max_width=1000), upright).maximum <= console.width:
+        return upright
+    return _rich(table.title, list(zip(table.header, *table.rows, strict=True)))
+
+
+def _rich(title: str, rows: Sequence[Sequence[str]]) -> RichTable:
+    """A table from its header and rows; the first column to the left, figures to the right."""
+    shown = RichTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, name in enumerate(rows[0]):
+        shown.add_column(escape(name), justify="right" if i else "left", no_wrap=True)
+    for row in rows[1:]:
+        shown.add_row(*(escape(cell) for cell in row))
+    return shown

@@ -1,0 +1,39 @@
+"""Numbers as people read them. A value that is not there is a dash."""
+
+DASH = "-"
+
+
+def flops(value: float | None) -> str:
+    """FLOPs with three digits: `4.24e17`."""
+    return DASH if value is None else f"{value:.2e}".replace("e+", "e")
+
+
+def count(value: float | None) -> str:
+    """Parameters, tokens: `135M`, `1.35B`, `820`."""
+    if value is None:
+        return DASH
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Time in its two largest units: `3h 05m`, `7m 12s`, `41s`."""
+    if seconds is None:
+        return DASH
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A plain number with a fixed number of decimals."""
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None, *, signed: bool = False) -> str:
+    """A share in percent: `5.2 %`; `+5.2 %` when signed."""
+    return DASH if value is None else f"{100 * value:{'+' if signed else ''}.1f} %"

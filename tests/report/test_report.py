@@ -1,0 +1,80 @@
+"""The report's files, from run folders to what a reader opens."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from rich.console import Console
+
+from raygrow.report.html import write_report
+from raygrow.report.plots import MAX_POINTS, thinned
+from raygrow.report.text import print_summary
+
+
+def printed(*runs: Path, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_summary(runs, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_one_file_says_it_all(pair: tuple[Path, Path], tmp_path: Path):
+    report = write_report([pair[0]], tmp_path / "out")
+    page = report.read_text()
+    assert "<h1>Growth won</h1>" in page
+    assert page.count("<svg") == 4
+    assert "demo-scratch" in page
+    assert "1.510 (at most 3)" in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<link|<script""", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert references <= set(ids)
+    assert sorted(file.name for file in report.parent.iterdir()) == ["loss.png", "report.html"]
+
+
+def test_the_picture_is_drawn(pair: tuple[Path, Path], tmp_path: Path):
+    write_report([pair[0]], tmp_path)
+    pixels = matplotlib.image.imread(tmp_path / "loss.png")
+    assert pixels.shape[:2] == (768, 2080)
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 100
+
+
+def test_a_run_in_progress(pair: tuple[Path, Path], tmp_path: Path):
+    (pair[0] / "summary.json").unlink()
+    history = pair[0] / "history.jsonl"
+    history.write_text("".join(history.read_text().splitlines(keepends=True)[:3]))  # not evaluated yet
+    page = write_report([pair[0]], tmp_path).read_text()
+    assert "Nothing to compare yet" in page
+    assert "in progress" in page
+
+
+def test_a_failed_run_gives_its_reason(pair: tuple[Path, Path]):
+    reason = "the loss diverged at step 70 <of> target"
+    (pair[0] / "summary.json").write_text(json.dumps({"status": "failed", "reason": reason}))
+    assert reason in " ".join(printed(*pair).split())
+
+
+def test_nothing_reported_yet(pair: tuple[Path, Path], tmp_path: Path):
+    (pair[1] / "history.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no step has been reported"):
+        write_report([pair[1]], tmp_path)
+    assert "No step has been reported" in printed(pair[1])
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_terminal_shows_whole_figures(pair: tuple[Path, Path], width: int):
+    text = printed(pair[0], width=width)
+    assert "Growth won" in text
+    assert "18.4M → 41.2M" in text
+    assert "…" not in text
+
+
+def test_thinned_keeps_the_mean():
+    x, y = thinned(np.arange(1501.0), np.ones(1501))
+    assert len(x) <= MAX_POINTS
+    assert np.allclose(y, 1)
+    assert np.all(np.diff(x) > 0)
