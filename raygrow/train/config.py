@@ -59,6 +59,11 @@ class TrainConfig:
     diverged_above: float = 2.0
     """Stop when the loss is this many nats above the lowest reported loss of the phase."""
 
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "checkpoint_every"):
+            if getattr(self, name) % self.report_every:
+                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of report_every={self.report_every}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:

@@ -1,0 +1,178 @@
+"""A run's folder, on a local disk or in an object store, behind a few whole-file calls.
+
+Files appear whole or not at all: local ones are written aside and renamed, and an object store's put is atomic.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+from ray.train import Checkpoint
+
+from raygrow.config import RunConfig, from_yaml, to_tree, to_yaml
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.cost import parameters
+from raygrow.train.checkpoint import CheckpointTensors
+from raygrow.train.loop import Outcome
+from raygrow.train.plan import Phase
+from raygrow.weights.folder import write_folder
+
+CAN_CHANGE = ("workers", "control", "dry_run", "storage_path")
+"""Keys that a run started again may give another value."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder at `uri`: a local path, or an address such as s3://bucket/runs/name."""
+
+    uri: str
+
+    @classmethod
+    def of(cls, storage_path: str, name: str) -> "RunFolder":
+        """The folder of the run `name`; a relative local path is made absolute, since workers change directory."""
+        base = storage_path.rstrip("/") if "://" in storage_path else str(Path(storage_path).expanduser().resolve())
+        return cls(f"{base}/{name}")
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a local path; None in an object store."""
+        filesystem, path = self._resolve("")
+        return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
+
+    def read(self, name: str) -> str | None:
+        """A file's text; None where there is no such file."""
+        filesystem, path = self._resolve(name)
+        if filesystem.get_file_info(path).type != fs.FileType.File:
+            return None
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read().decode()
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file as a whole."""
+        filesystem, path = self._resolve(name)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            aside = Path(f"{path}.tmp-{os.getpid()}")
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                aside.write_text(text)
+                os.replace(aside, path)
+            finally:
+                aside.unlink(missing_ok=True)
+        else:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(text.encode())
+
+    def upload(self, folder: Path, name: str) -> None:
+        """Copies a local folder into the run's folder."""
+        filesystem, path = self._resolve(name)
+        filesystem.create_dir(path, recursive=True)
+        fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+
+    @property
+    def phases_uri(self) -> str:
+        """Where the phases' Ray Train runs live."""
+        return f"{self.uri}/phases"
+
+    def claim(self, run: RunConfig) -> None:
+        """Writes run.yaml, or makes sure that the one there is this run's.
+
+        Raises:
+            ValueError: If the folder belongs to a run of another configuration.
+        """
+        text = self.read("run.yaml")
+        if text is None:
+            self.write("run.yaml", to_yaml(run))
+            return
+        before, now = to_tree(from_yaml(text)), to_tree(run)
+        for key, then, value in _differences(before, now):
+            if key.split(".")[0] not in CAN_CHANGE:
+                raise ValueError(
+                    f"{self.uri} holds a run of another configuration: {key} was {then!r} and is now {value!r}. "
+                    "Choose another `name`, or remove that folder to start over"
+                )
+
+    def finished_phase(self, phase: str) -> Checkpoint | None:
+        """The last checkpoint of a phase that has finished."""
+        text = self.read(f"phases/{phase}/finished.json")
+        if text is None:
+            return None
+        filesystem, path = self._resolve(f"phases/{phase}/{json.loads(text)['checkpoint']}")
+        return Checkpoint(path, filesystem)
+
+    def finish_phase(self, phase: str, checkpoint: Checkpoint) -> None:
+        """Records that a phase has finished, with its last checkpoint."""
+        self.write(f"phases/{phase}/finished.json", json.dumps({"checkpoint": Path(checkpoint.path).name}))
+
+    def is_finished(self) -> bool:
+        """Whether the whole run has finished."""
+        summary = self.read("summary.json")
+        return summary is not None and json.loads(summary)["status"] == "finished"
+
+    def write_model(self, config: ModelConfig, checkpoint: Path, *, tokenizer: Path) -> None:
+        """Writes the model folder from the run's last checkpoint, one tensor at a time."""
+        weights = CheckpointTensors(checkpoint, "model.")
+        if self.local:
+            write_folder(self.local / "model", config, weights.items(), tokenizer_from=tokenizer, replace=True)
+            return
+        with tempfile.TemporaryDirectory() as aside:
+            self.upload(write_folder(Path(aside) / "model", config, weights.items(), tokenizer_from=tokenizer), "model")
+
+    def write_summary(self, phases: Sequence[Phase], outcome: Outcome) -> None:
+        """Writes summary.json: how the run ended and what each phase reached."""
+        lines = self.read_history()
+        rows = [_phase_summary(phase, [line for line in lines if line["phase"] == phase.name]) for phase in phases]
+        last_score = next((line for line in reversed(lines) if "val_loss" in line), {})
+        end = lines[-1] if lines else {}
+        summary = asdict(outcome) | {
+            "phases": [row for row in rows if row],
+            **{key: end.get(key) for key in ("flops", "tokens", "seconds")},
+            **{key: last_score.get(key) for key in ("val_loss", "val_bits_per_byte")},
+        }
+        self.write("summary.json", json.dumps(summary, indent=2))
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """The lines of history.jsonl; a last line cut short by a crash is left out."""
+        lines = []
+        for line in (self.read("history.jsonl") or "").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def _resolve(self, name: str) -> tuple[fs.FileSystem, str]:
+        filesystem, root = fs.FileSystem.from_uri(self.uri)
+        return filesystem, f"{root}/{name}".rstrip("/")
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys at which two trees differ, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+    elif before != now:
+        yield path, before, now
+
+
+def _phase_summary(phase: Phase, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What a phase reached; None where it has not begun."""
+    if not lines:
+        return None
+    end, score = lines[-1], next((line for line in reversed(lines) if "val_loss" in line), {})
+    return {
+        "name": phase.name,
+        "n_blocks": phase.model.n_blocks,
+        "parameters": parameters(phase.model),
+        "steps": end["step"],
+        "tokens": end["tokens"] - phase.tokens_before,
+        "flops": end["flops"] - phase.flops_before,
+        "seconds": end["seconds"],
+        "loss": end["loss"],
+        "val_loss": score.get("val_loss"),
+        "val_bits_per_byte": score.get("val_bits_per_byte"),
+    }

@@ -1,0 +1,195 @@
+"""Runs a plan on Ray Train: one TorchTrainer run per phase, each resumable under its own name.
+
+A run started again under its name goes on where it stopped: finished phases are skipped, the phase in work resumes
+from its newest checkpoint, and a finished run says so.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import ray
+import ray.train
+import torch
+from ray.actor import ActorHandle
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from rich.console import Console
+
+from raygrow.config import RunConfig
+from raygrow.data.shards import check_tokenizer, load_manifest, open_tokens
+from raygrow.report.html import write_report
+from raygrow.report.text import print_summary
+from raygrow.runtime.cluster import connect, has_gpu
+from raygrow.runtime.history import open_history
+from raygrow.runtime.live import live_progress
+from raygrow.runtime.run_folder import RunFolder
+from raygrow.runtime.session import RaySession, local_folder
+from raygrow.text.tokenizer import load_tokenizer
+from raygrow.train.config import TrainConfig
+from raygrow.train.loop import Outcome, train_phase
+from raygrow.train.plan import Phase, resolve, scratch_plan
+
+EXIT_CODES = {"finished": 0, "failed": 1, "stopped": 143}
+"""Of the process, by how the run ended; 143 is what a shell gives for SIGTERM."""
+
+
+def train(run: RunConfig) -> int:
+    """Trains a run, and its control from scratch where asked for; writes the report.
+
+    Args:
+        run: The whole configuration.
+
+    Returns:
+        An exit code from `EXIT_CODES`.
+
+    Raises:
+        ValueError: If the plan or the data cannot be used; nothing has been trained then.
+    """
+    console = Console()
+    phases = resolve(run.plan, run.model, run.train)
+    _check_data(run, phases)
+    connect()
+    folders = [RunFolder.of(run.storage_path, run.name)]
+    status = _train_plan(run, phases, folders[0], console)
+    if run.control and status == "finished":
+        control = replace(run, name=f"{run.name}-scratch", plan=scratch_plan(phases), control=False)
+        folders.append(RunFolder.of(control.storage_path, control.name))
+        control_phases = resolve(control.plan, control.model, control.train)
+        status = _train_plan(control, control_phases, folders[1], console)
+    _report(folders, console)
+    return EXIT_CODES[status]
+
+
+def _check_data(run: RunConfig, phases: tuple[Phase, ...]) -> None:
+    """Reads every shard once, and holds the tokenizer against the models."""
+    manifest = load_manifest(run.data.path)
+    for split in ("train", "validation"):
+        open_tokens(run.data.path, split, verify=True)
+    if manifest.vocab_size > run.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={run.model.vocab_size} is smaller than the vocabulary of the tokenizer that "
+            f"{run.data.path} was prepared with, {manifest.vocab_size}: raise it, or prepare the data again"
+        )
+    for phase in phases:
+        if phase.init and (Path(phase.init) / "tokenizer.json").exists():
+            check_tokenizer(manifest, load_tokenizer(phase.init), name=f"the tokenizer of {phase.init}")
+
+
+def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, console: Console) -> str:
+    """Trains what is left of a run's phases; returns how it ended."""
+    folder.claim(run)
+    if folder.is_finished():
+        console.print(f"{run.name} is finished: {folder.uri}/report.html shows it. Another name starts another run.")
+        return "finished"
+    history = open_history(folder)
+    outcome, checkpoint = Outcome("finished"), None
+    for phase in phases:
+        checkpoint_before, checkpoint = checkpoint, folder.finished_phase(phase.name)
+        if checkpoint is None:
+            with live_progress(phase, history, console):
+                outcome, checkpoint = _train_phase(run, phase, checkpoint_before, folder, history)
+        if outcome.status != "finished" or checkpoint is None:
+            break
+        folder.finish_phase(phase.name, checkpoint)
+    ray.get(history.close.remote())
+    if outcome.status == "finished" and checkpoint:
+        folder.write_model(phases[-1].model, local_folder(checkpoint), tokenizer=Path(run.data.path) / "tokenizer")
+    else:
+        console.print(f"[bold]{run.name} {outcome.status}[/]: {outcome.reason}", highlight=False, soft_wrap=True)
+    folder.write_summary(phases, outcome)
+    return outcome.status
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WorkerArguments:
+    """What a worker is sent."""
+
+    phase: Phase
+    config: TrainConfig
+    data: Path
+    seed: int
+    source: Checkpoint | None
+    history: ActorHandle
+    threads: int
+
+
+def _train_worker(arguments: dict[str, _WorkerArguments]) -> dict[str, str]:
+    """Runs on every worker of a phase."""
+    a = arguments["arguments"]
+    torch.set_num_threads(a.threads)
+    outcome = train_phase(
+        a.phase,
+        a.config,
+        data=a.data,
+        seed=a.seed,
+        source=local_folder(a.source) if a.source else None,
+        session=RaySession(a.phase.name, a.history),
+        device=str(get_device()),
+    )
+    return asdict(outcome)
+
+
+def _train_phase(
+    run: RunConfig, phase: Phase, source: Checkpoint | None, folder: RunFolder, history: ActorHandle
+) -> tuple[Outcome, Checkpoint | None]:
+    """One Ray Train run. Returns how the phase ended, and its last checkpoint."""
+    workers = run.workers
+    use_gpu = has_gpu() if workers.use_gpu == "auto" else workers.use_gpu
+    arguments = _WorkerArguments(
+        phase=phase,
+        config=run.train,
+        data=Path(run.data.path).resolve(),
+        seed=run.seed,
+        source=source,
+        history=history,
+        threads=max(1, int(workers.cpus)),
+    )
+    # read by cuBLAS when CUDA starts, so it has to be there before
+    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if run.train.deterministic else {}
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"arguments": arguments},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=phase.workers or workers.num,
+            use_gpu=use_gpu,
+            resources_per_worker=_resources(workers.cpus, use_gpu),
+        ),
+        run_config=ray.train.RunConfig(
+            name=phase.name,
+            storage_path=folder.phases_uri,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=run.train.keep_checkpoints),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        return Outcome("failed", _cause(phase, error)), None
+    return Outcome(**result.return_value), result.checkpoint
+
+
+def _resources(cpus: float, use_gpu: bool) -> dict[str, float]:
+    return {"CPU": cpus} | ({"GPU": 1} if use_gpu else {})
+
+
+def _cause(phase: Phase, error: Exception) -> str:
+    """The first line of what brought a phase down, without the tracebacks around it."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    rank, failure = next(iter(failures.items()))
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return (
+        f"{phase.name}: worker {rank} failed for good: {lines[-1] if lines else repr(failure)} "
+        "The newest checkpoint is kept; starting the run again goes on from it."
+    )
+
+
+def _report(folders: list[RunFolder], console: Console) -> None:
+    """The terminal's summary, and report.html beside the run."""
+    local = [folder.local for folder in folders if folder.local]
+    if len(local) < len(folders):
+        console.print("The report of a run in an object store: copy its folder here and run `raygrow report`.")
+        return
+    print_summary(local, console)
+    console.print(f"report: {write_report(local, local[0] / 'report.html')}")

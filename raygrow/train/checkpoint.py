@@ -1,0 +1,129 @@
+"""Sharded checkpoints (torch's DCP): weights, Adam's state and progress in one, readable by any number of workers.
+
+A checkpoint is a flat table: `model.<parameter>`, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`,
+`step.<parameter>`, and `progress.<name>`.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from raygrow.train.optimizer import ensure_state, state_tensors
+
+
+@dataclass
+class Progress:
+    """Where a phase stands. Tokens and FLOPs follow from the step."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Training time of the run so far."""
+    lowest_loss: float = float("inf")
+
+
+def state_table(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Tensor]:
+    """All that a checkpoint holds, as live tensors."""
+    ensure_state(optimizer)
+    table = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    for key, tensors in state_tensors(model, optimizer).items():
+        table |= {f"{key}.{name}": tensor for name, tensor in tensors.items()}
+    return table | {f"progress.{k}": torch.tensor(float(v), dtype=torch.float64) for k, v in asdict(progress).items()}
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Loads a checkpoint in place, resharding where the number of workers has changed.
+
+    Raises:
+        ValueError: If the checkpoint lacks a tensor of the model or has it in another shape.
+    """
+    table = state_table(model, optimizer, Progress())
+    stored = CheckpointTensors(folder)
+    missing = [name for name in table if name not in stored]
+    if missing:
+        raise ValueError(f"checkpoint {folder} has no tensor {missing[0]!r} ({len(missing)} missing): another model?")
+    dcp_load(table, checkpoint_id=folder)
+    values = {field.name: table[f"progress.{field.name}"].item() for field in fields(Progress)}
+    return Progress(**(values | {"step": int(values["step"])}))
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors by name, each read whole when asked for and then forgotten.
+
+    Args:
+        folder: The checkpoint.
+        prefix: Only names under this prefix, which is left off (`model.`).
+    """
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder, self.prefix = folder, prefix
+        if not (folder / ".metadata").is_file():
+            raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no .metadata file")
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        self._stored = {
+            name.removeprefix(prefix): entry
+            for name, entry in stored.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._stored[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone is what is meant here
+            dcp_load({self.prefix + name: tensor}, checkpoint_id=self.folder, no_dist=True)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+class AsyncSaver:
+    """Writes checkpoints in the background, one at a time.
+
+    The background thread talks through a process group of its own: on the training group its messages would mix with
+    those of the training step.
+    """
+
+    def __init__(self) -> None:
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._pending: tuple[Future, Path, int] | None = None
+
+    def start(self, table: dict[str, Tensor], folder: Path, step: int) -> None:
+        """Copies the tensors aside and writes them while training goes on. Finish the last one first."""
+        assert self._pending is None, "the checkpoint before is still being written"
+        future = cast(Future, async_save(table, checkpoint_id=folder, process_group=self._group))
+        self._pending = future, folder, step
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._pending is None
+
+    def is_written(self) -> bool:
+        """Whether this worker's part is on disk (false when nothing is pending)."""
+        return self._pending is not None and self._pending[0].done()
+
+    def finish(self) -> tuple[Path, int]:
+        """Waits for the pending checkpoint; returns its folder and step.
+
+        Raises:
+            OSError: If it could not be written.
+        """
+        assert self._pending is not None, "no checkpoint is pending"
+        (future, folder, step), self._pending = self._pending, None
+        future.result()
+        return folder, step

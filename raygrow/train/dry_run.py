@@ -1,0 +1,90 @@
+"""What a plan would do, without doing it: every model built and every growth applied on the meta device."""
+
+from collections.abc import Sequence
+
+import torch
+
+from raygrow.nn.cost import parameters, training_memory
+from raygrow.nn.rack import Rack
+from raygrow.train.config import TrainConfig
+from raygrow.train.plan import Phase
+from raygrow.weights.apply import apply_rules
+
+
+def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> str:
+    """A table of the phases: model, parameters, steps, tokens, FLOPs, memory per worker.
+
+    Args:
+        phases: A resolved plan.
+        config: What the phases share.
+        workers: Number of workers, for the memory of each.
+
+    Raises:
+        ValueError: If a model does not build as predicted, or a growth does not give its target's shapes.
+    """
+    rows = [("phase", "starts from", "model", "parameters", "steps", "tokens", "PFLOPs", "share", "GiB/worker")]
+    total = sum(phase.flops for phase in phases)
+    for phase in phases:
+        model = _build(phase)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        if count != parameters(phase.model):
+            raise ValueError(f"{phase.name}: {count:,} parameters built, {parameters(phase.model):,} predicted")
+        rows.append(
+            (
+                phase.name,
+                _origin(phase, phases),
+                f"{phase.model.n_stacks} x {phase.model.blocks_per_stack} blocks of d {phase.model.d_model}",
+                f"{count:,}",
+                f"{phase.steps:,}",
+                f"{phase.tokens:,}",
+                f"{phase.flops / 1e15:,.4g}",
+                f"{phase.flops / total:.1%}",
+                f"{_memory(phase, config, workers) / 2**30:.2f}",
+            )
+        )
+    rows.append(("total", "", "", "", "", f"{sum(p.tokens for p in phases):,}", f"{total / 1e15:,.4g}", "100.0%", ""))
+    return _table(rows)
+
+
+def _build(phase: Phase) -> Rack:
+    with torch.device("meta"):
+        model = Rack(phase.model)
+        if phase.growth and phase.source:
+            source = dict(Rack(phase.source).named_parameters())
+            grown = dict(apply_rules(phase.growth.grow(phase.source).rules, source))
+            for name, parameter in model.named_parameters():
+                if name not in grown or grown[name].shape != parameter.shape:
+                    raise ValueError(f"{phase.name}: growth does not give {name} of shape {tuple(parameter.shape)}")
+    return model
+
+
+def _origin(phase: Phase, phases: Sequence[Phase]) -> str:
+    """Where the phase's model comes from, in a word or two."""
+    index = phases.index(phase)
+    start = phase.init or (phases[index - 1].name if index else "random weights")
+    if phase.growth is None:
+        return start
+    details = ", ".join(f"{key} {value}" for key, value in vars(phase.growth).items() if key != "operator")
+    return f"{start}, {phase.growth.operator} ({details})"
+
+
+def _memory(phase: Phase, config: TrainConfig, workers: int) -> int:
+    rows = min(phase.micro_batch_size or phase.batch_size, -(-phase.batch_size // workers))
+    return training_memory(
+        phase.model,
+        micro_batch_tokens=rows * phase.seq_len,
+        workers=workers,
+        mixed_precision=config.precision != "fp32",
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column < 3 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

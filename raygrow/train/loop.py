@@ -1,0 +1,235 @@
+"""Training one phase, from its first step (or its newest checkpoint) to its last.
+
+Everything that needs the workers to agree happens at report steps, in one small all-reduce: the loss, whether to stop,
+whether the checkpoint being written is on disk. The steps between are never waited for.
+"""
+
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from raygrow.data.sampler import Sampler
+from raygrow.data.shards import open_tokens
+from raygrow.train.batches import batches
+from raygrow.train.checkpoint import AsyncSaver, Progress, load, state_table
+from raygrow.train.config import TrainConfig
+from raygrow.train.evaluation import Validation
+from raygrow.train.optimizer import adamw, set_learning_rate
+from raygrow.train.parallel import build_sharded, fill_initial, freeze
+from raygrow.train.plan import Phase
+from raygrow.train.schedule import learning_rate
+from raygrow.train.session import Session
+from raygrow.train.start import start_from_source
+from raygrow.train.step import train_step
+from raygrow.train.worker import Worker, set_determinism
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a phase ended. `stopped` was asked for and can go on; `failed` would only fail again."""
+
+    status: Status
+    reason: str = ""
+
+
+def train_phase(
+    phase: Phase, config: TrainConfig, *, data: Path, seed: int, source: Path | None, session: Session, device: str
+) -> Outcome:
+    """Trains one phase on this worker. Every worker of the group calls it with the same arguments.
+
+    Args:
+        phase: What to train.
+        config: What the run's phases share.
+        data: Prepared data folder.
+        seed: Of initial weights and data order.
+        source: Last checkpoint of the phase before, where the phase starts from one.
+        session: The link to the run.
+        device: `cpu` or `cuda:<i>`.
+
+    Returns:
+        How it ended; a failed verification or a diverged loss is an outcome, not an exception, since a retry would
+        not help.
+    """
+    set_determinism(deterministic=config.deterministic)
+    worker = Worker.join(torch.device(device))
+    run = _PhaseRun(phase, config, data=data, seed=seed, session=session, worker=worker)
+    failure = run.start(source)
+    return Outcome("failed", failure) if failure else run.train()
+
+
+class _PhaseRun:
+    """The state of a phase in training on one worker."""
+
+    def __init__(
+        self, phase: Phase, config: TrainConfig, *, data: Path, seed: int, session: Session, worker: Worker
+    ) -> None:
+        self.phase, self.config, self.session, self.worker, self.seed = phase, config, session, worker, seed
+        rows = -(-phase.batch_size // worker.count)
+        self.micro_batch_size = min(phase.micro_batch_size or rows, rows)
+        self.model = build_sharded(phase.model, config, worker.mesh, worker.device)
+        freeze(self.model, phase.frozen)
+        self.optimizer = adamw(self.model, config.optimizer)
+        self.sampler = Sampler(
+            open_tokens(data, "train", verify=False), seq_len=phase.seq_len, window=config.seq_len, seed=seed
+        )
+        self.validation = Validation(
+            data,
+            sequences=config.evaluate_sequences,
+            seq_len=phase.seq_len,
+            batch_size=self.micro_batch_size,
+        )
+        self.saver = AsyncSaver()
+        self.progress = Progress()
+
+    def start(self, source: Path | None) -> str | None:
+        """Fills the model: from this phase's checkpoint, from its source, or fresh. Returns why it cannot, if so."""
+        checkpoint = self.session.resume_from()
+        if checkpoint:
+            self.progress = load(checkpoint, self.model, self.optimizer)
+            if self.worker.rank == 0:
+                self.session.rewind(self.progress.step)
+                logger.info("%s: resumed at step %d from %s", self.phase.name, self.progress.step, checkpoint)
+            return None
+        if self.worker.rank == 0:
+            self.session.rewind(0)
+        if self.phase.source is None:
+            fill_initial(self.model, self.phase.model, self.seed)
+            return None
+        start = start_from_source(
+            self.phase, self.config, self.model, self.optimizer, source, self.validation, self.worker
+        )
+        self.progress.seconds = start.seconds
+        if start.verification and self.worker.rank == 0:
+            self.session.save_verification(asdict(start.verification))
+        if start.verification and start.verification.failure:
+            return f"{self.phase.name}: {start.verification.failure}"
+        # growth is never repeated: a restart finds this
+        self._save()
+        return self._commit()
+
+    def train(self) -> Outcome:
+        """Runs the steps that are left."""
+        phase, config = self.phase, self.config
+        steps = range(self.progress.step, phase.steps)
+        window_loss, window_start, window_clock = 0.0, steps.start, time.perf_counter()
+        step_batches = batches(
+            self.sampler,
+            first_sample=phase.first_sample,
+            batch_size=phase.batch_size,
+            steps=steps,
+            rank=self.worker.rank,
+            workers=self.worker.count,
+            device=self.worker.device,
+        )
+        for step, batch in zip(steps, step_batches, strict=True):
+            lr = learning_rate(step, steps=phase.steps, peak=phase.lr, schedule=phase.schedule)
+            set_learning_rate(self.optimizer, lr)
+            share, norm = train_step(
+                self.model,
+                self.optimizer,
+                batch,
+                micro_batch_size=self.micro_batch_size,
+                step_tokens=phase.step_tokens,
+                workers=self.worker.count,
+                clip=config.optimizer.clip,
+            )
+            window_loss = window_loss + share
+            self.progress.step = step + 1
+            if not self._is_due(config.report_every):
+                continue
+
+            loss, stop, written = self.worker.sum(
+                window_loss / (step + 1 - window_start), self.session.stop_requested(), self.saver.is_written()
+            )
+            seconds = time.perf_counter() - window_clock
+            self.progress.seconds += seconds
+            if problem := self._divergence(loss, norm.item()):
+                return Outcome("failed", problem)
+            self.progress.lowest_loss = min(self.progress.lowest_loss, loss)
+            speed = (step + 1 - window_start) * phase.step_tokens / seconds
+            self._report(loss=loss, grad_norm=norm.item(), lr=lr, tokens_per_second=speed)
+            problem = self._checkpoint(written=written == self.worker.count, stop=bool(stop))
+            if problem:
+                return Outcome("failed", problem)
+            if stop and self.progress.step < phase.steps:
+                return Outcome("stopped", f"{phase.name}: stopped at step {self.progress.step} of {phase.steps}, saved")
+            window_loss, window_start, window_clock = 0.0, step + 1, time.perf_counter()
+        return Outcome("finished")
+
+    def _is_due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.phase.steps
+
+    def _divergence(self, loss: float, norm: float) -> str | None:
+        """Why training must stop, if the loss or gradient has gone bad."""
+        where = f"{self.phase.name}: at step {self.progress.step}"
+        kept = (
+            "The last checkpoint before is kept. Lower the learning rate or lengthen the warmup, "
+            "and start under another name."
+        )
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return f"{where} the loss is {loss:.4g} and the gradient norm {norm:.4g}. {kept}"
+        limit = self.progress.lowest_loss + self.config.diverged_above
+        if loss > limit:
+            return (
+                f"{where} the loss is {loss:.4g}, more than train.diverged_above={self.config.diverged_above:g} "
+                f"above its lowest, {self.progress.lowest_loss:.4g}. {kept}"
+            )
+        return None
+
+    def _report(self, *, loss: float, grad_norm: float, lr: float, tokens_per_second: float) -> None:
+        """One line of history, with the evaluation's figures where one is due."""
+        phase, step = self.phase, self.progress.step
+        scores = self.validation.scores(self.model, self.worker) if self._is_due(self.config.evaluate_every) else {}
+        peak = self.worker.peak_flops()
+        record = {
+            "phase": phase.name,
+            "step": step,
+            "tokens": phase.tokens_before + step * phase.step_tokens,
+            "flops": phase.flops_before + step * phase.step_tokens * phase.flops_per_token,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": tokens_per_second,
+            "mfu": peak and tokens_per_second * phase.flops_per_token / peak,
+            "memory_bytes": self.worker.peak_memory(),
+            "seconds": self.progress.seconds,
+            **scores,
+        }
+        if self.worker.rank == 0:
+            self.session.log(record)
+
+    def _checkpoint(self, *, written: bool, stop: bool) -> str | None:
+        """Commits the checkpoint being written once it is on disk, and starts the next where one is due.
+
+        Returns why it could not be written, if so.
+        """
+        due = stop or self._is_due(self.config.checkpoint_every)
+        if not self.saver.idle and (written or due) and (problem := self._commit()):
+            return problem
+        if due:
+            self._save()
+        is_last = self.progress.step == self.phase.steps or stop
+        return self._commit() if is_last else None
+
+    def _save(self) -> None:
+        table = state_table(self.model, self.optimizer, self.progress)
+        self.saver.start(table, self.session.checkpoint_folder(self.progress.step), self.progress.step)
+
+    def _commit(self) -> str | None:
+        try:
+            folder, step = self.saver.finish()
+        except CheckpointException as error:
+            causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
+            return f"{self.phase.name}: the checkpoint of step {self.progress.step} could not be written: {causes}"
+        self.session.commit(folder, step)
+        return None

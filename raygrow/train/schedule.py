@@ -1,0 +1,23 @@
+"""Learning rate as a function of the step."""
+
+import math
+
+from raygrow.train.config import ScheduleConfig
+
+
+def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """Learning rate of step `step` (from 0) in a phase of `steps` steps.
+
+    `wsd` warms up linearly, stays at the peak, and decays linearly over the last `decay` share of the phase
+    (warmup-stable-decay, arXiv 2404.06395). `cosine` decays from the end of warmup.
+    """
+    warmup = min(schedule.warmup_steps, steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    decay = steps - warmup if schedule.kind == "cosine" else min(round(schedule.decay * steps), steps - warmup)
+    done = step - (steps - decay)
+    if done < 0 or not decay:
+        return peak
+    share = (done + 1) / decay
+    height = (1 + math.cos(math.pi * share)) / 2 if schedule.kind == "cosine" else 1 - share
+    return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * height)
