@@ -135,18 +135,28 @@ def compare(grown: Run, scratch: Run) -> Comparison | None:
 
 
 def compare_runs(runs: list[Run]) -> list[Comparison]:
-    """Every grown run against the first run from scratch."""
-    scratch = next((run for run in runs if not run.is_grown), None)
-    if scratch is None:
-        return []
-    found = (compare(run, scratch) for run in runs if run.is_grown)
+    """Every grown run against every run from scratch."""
+    pairs = ((grown, scratch) for grown in runs if grown.is_grown for scratch in runs if not scratch.is_grown)
+    found = (compare(*pair) for pair in pairs)
     return [comparison for comparison in found if comparison is not None]
 
 
-def headline(c: Comparison) -> str:
-    """The verdict in a few words."""
-    words = {"won": "Growth won", "lost": "Growth lost", "tied": "No clear difference"}[c.outcome]
-    return words if c.finished else f"{words}, so far"
+def fair(comparisons: list[Comparison]) -> list[Comparison]:
+    """Those at equal budgets, or all where there are none: at unequal ones only one run's learning rate has decayed."""
+    return [c for c in comparisons if c.equal_budgets] or comparisons
+
+
+def headline(comparisons: list[Comparison]) -> str:
+    """The verdict in a few words. Of several grown runs it counts the winners: the best of many wins easily."""
+    if len(comparisons) > 1:
+        won = sum(c.outcome == "won" for c in comparisons)
+        return f"Growth won {won} of {len(comparisons)} comparisons"
+    (c,) = comparisons
+    if c.finished:
+        return {"won": "Growth won", "lost": "Growth lost", "tied": "No clear difference"}[c.outcome]
+    return {"won": "Growth is ahead so far", "lost": "Growth is behind so far", "tied": "No clear difference so far"}[
+        c.outcome
+    ]
 
 
 def sentences(c: Comparison) -> list[str]:

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from raygrow.report import units
-from raygrow.report.compare import Comparison, Curve, compare_runs, validation_curve
+from raygrow.report.compare import Comparison, Curve, compare_runs, fair, validation_curve
 from raygrow.report.files import replace_file
 from raygrow.report.runs import Run
 
@@ -94,7 +94,7 @@ def draw_close_up(axes: Axes, runs: list[Run]) -> None:
             fontweight="bold",
         )
     axes.set(xlim=(CLOSE_UP * end, 1.09 * end), ylim=(low - margin, high + margin))
-    for line, comparison in enumerate(compare_runs(runs)):
+    for line, comparison in enumerate(fair(compare_runs(runs))):
         _draw_speedup(axes, comparison, colors[comparison.grown], line)
     mark_phases(axes, runs, "start_flops")
     axes.set(title="The end, close up", xlabel="training FLOPs", ylabel="validation, nats per token")

@@ -7,7 +7,7 @@ from typing import Any
 
 from raygrow.evaluate.unigram import unigram_loss
 from raygrow.report import units
-from raygrow.report.compare import Comparison, compare_runs, headline, sentences
+from raygrow.report.compare import Comparison, compare_runs, fair, headline, sentences
 from raygrow.report.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ class Summary:
 def summarize(runs: list[Run]) -> Summary:
     """The verdict and the tables of runs as `load_runs` gives them."""
     comparisons = compare_runs(runs)
-    best = max(comparisons, key=lambda c: c.gain, default=None)
+    decisive = fair(comparisons)
+    best = max(decisive, key=lambda c: c.gain, default=None)
     tables = [
         runs_table(runs),
         comparison_table(comparisons),
@@ -51,9 +52,14 @@ def summarize(runs: list[Run]) -> Summary:
     ]
     return Summary(
         title=runs[0].name,
-        headline=headline(best) if best else "Nothing to compare yet",
+        headline=headline(decisive) if best else "Nothing to compare yet",
         outcome=best.outcome if best else "open",
-        sentences=_failures(runs) + (sentences(best) if best else [_why_open(runs)]) + _against_unigram(runs),
+        sentences=[
+            *_failures(runs),
+            *([f"The best of them: {best.grown} against {best.scratch}."] if best and len(decisive) > 1 else []),
+            *(sentences(best) if best else [_why_open(runs)]),
+            *_against_unigram(runs),
+        ],
         tables=[table for table in tables if table.rows],
         settings=settings_table(runs),
     )
@@ -82,21 +88,22 @@ def runs_table(runs: list[Run]) -> Table:
 def comparison_table(comparisons: list[Comparison]) -> Table:
     """What each loss cost, both ways: where scratch ended and where growth ended."""
     rows = []
+    several = len({c.scratch for c in comparisons}) > 1
     for c in comparisons:
         for at, seconds in ((c.reached, c.reached_seconds), (c.beyond, None)):
             rows.append(
                 [
-                    c.grown,
+                    f"{c.grown} / {c.scratch}" if several else c.grown,
                     units.number(at.loss),
-                    units.flops(at.grown) if at.grown else "never reached",
-                    units.flops(at.scratch) if at.scratch else "never reached",
+                    units.flops(at.grown) if at.grown else "never",
+                    units.flops(at.scratch) if at.scratch else "never",
                     units.percent(at.speedup, signed=True),
                     units.percent(seconds.speedup if seconds else None, signed=True),
                 ]
             )
     return Table(
         title="Speedup at equal loss",
-        header=["run", "val loss", "FLOPs grown", "FLOPs from scratch", "speedup", "in time"],
+        header=["run", "val loss", "FLOPs grown", "FLOPs scratch", "speedup", "in time"],
         rows=rows,
         note="Speedup = FLOPs from scratch / FLOPs grown - 1, the base model's FLOPs counted; read off between "
         "evaluations by straight lines. A run that passes a loss before its learning rate has decayed would have "

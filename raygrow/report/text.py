@@ -44,11 +44,14 @@ def print_summary(runs: Sequence[Path], console: Console | None = None) -> None:
 
 
 def _fitting(table: Table, console: Console) -> RichTable:
-    """The table, or where the terminal is too narrow for it, the table turned on its side."""
+    """The table, or where the terminal is too narrow for it and that helps, the table turned on its side."""
+
+    def width(shown: RichTable) -> int:
+        return Measurement.get(console, console.options.update(max_width=1000), shown).maximum
+
     upright = _rich(table.title, [table.header, *table.rows])
-    if Measurement.get(console, console.options.update(max_width=1000), upright).maximum <= console.width:
-        return upright
-    return _rich(table.title, list(zip(table.header, *table.rows, strict=True)))
+    turned = _rich(table.title, list(zip(table.header, *table.rows, strict=True)))
+    return upright if width(upright) <= max(console.width, width(turned)) else turned
 
 
 def _rich(title: str, rows: Sequence[Sequence[str]]) -> RichTable:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raygrow.report.compare import Curve, compare, crossing, headline, sentences
+from raygrow.report.compare import Curve, compare, crossing, fair, headline, sentences
 from raygrow.report.runs import Run
 
 
@@ -41,7 +41,7 @@ def test_reach_takes_the_best_so_far_where_the_loss_rises():
 def test_growth_wins():
     verdict = compare(run("g", (100, 3.0), (200, 2.0), (300, 1.8)), run("s", (100, 4.0), (300, 2.0)))
     assert verdict is not None
-    assert (verdict.outcome, headline(verdict)) == ("won", "Growth won")
+    assert (verdict.outcome, headline([verdict])) == ("won", "Growth won")
     assert verdict.gain == pytest.approx(0.2)
     assert verdict.reached.loss == 2.0
     assert verdict.reached.speedup == pytest.approx(300 / 200 - 1)
@@ -54,7 +54,7 @@ def test_growth_wins():
 def test_scratch_wins():
     verdict = compare(run("g", (100, 4.0), (300, 2.0)), run("s", (100, 3.0), (200, 2.0), (300, 1.8)))
     assert verdict is not None
-    assert headline(verdict) == "Growth lost"
+    assert headline([verdict]) == "Growth lost"
     assert verdict.reached.speedup == pytest.approx(200 / 300 - 1)
     assert verdict.beyond.grown is None
     assert any("higher with growth" in sentence for sentence in sentences(verdict))
@@ -74,16 +74,25 @@ def test_a_longer_scratch_run_gives_the_speedup_at_the_grown_loss():
 def test_a_difference_of_noise_is_called_none():
     verdict = compare(run("g", (100, 3.0), (300, 2.001)), run("s", (100, 3.0), (300, 2.0)))
     assert verdict is not None
-    assert headline(verdict) == "No clear difference"
+    assert headline([verdict]) == "No clear difference"
 
 
 def test_a_run_in_progress_has_no_last_word():
     verdict = compare(run("g", (100, 3.0), status="in progress"), run("s", (100, 4.0), (300, 2.0)))
     assert verdict is not None
-    assert headline(verdict) == "Growth won, so far"
+    assert headline([verdict]) == "Growth is ahead so far"
     assert compare(run("g"), run("s", (100, 4.0))) is None
 
 
 def test_curves_that_never_meet():
     apart = crossing(curve((100, 2.0), (200, 1.5)), curve((100, 9.0), (200, 8.0)), 1.5)
     assert (apart.grown, apart.scratch, apart.speedup) == (200, None, None)
+
+
+def test_of_several_runs_the_winners_are_counted_at_equal_budgets():
+    scratch, longer = run("s", (100, 4.0), (300, 2.0)), run("l", (100, 4.0), (500, 1.7))
+    better, worse = run("g", (100, 3.0), (300, 1.8)), run("h", (100, 3.0), (300, 2.2))
+    pairs = [compare(grown, control) for grown in (better, worse) for control in (scratch, longer)]
+    decisive = fair([pair for pair in pairs if pair is not None])
+    assert [(c.grown, c.scratch) for c in decisive] == [("g", "s"), ("h", "s")]
+    assert headline(decisive) == "Growth won 1 of 2 comparisons"
