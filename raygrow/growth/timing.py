@@ -91,9 +91,9 @@ def describe(timing: Timing) -> str:
         lines.append(f"caution       extrapolated: {'; '.join(t.outside_fit)}")
     if not t.follows_fit:
         lines.append(
-            f"proposal      {t.base_share:.3g} of the FLOPs instead, {_number(t.base_tokens)} tokens for the base: one that "
-            f"costs over {LARGEST_BASE_SHARE:.0%} of the run leaves growth too little to save. The formula was fitted on far "
-            "longer runs; at this size, search the share"
+            f"proposal      {_share(t.base_share)} the FLOPs instead, {_number(t.base_tokens)} tokens of base: one "
+            f"that costs over {LARGEST_BASE_SHARE:.0%} of the run leaves growth too little to save. The formula was "
+            "fitted on far longer runs; at this size, search the share"
         )
     return "\n".join(lines)
 

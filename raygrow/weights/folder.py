@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.rack import Rack
+from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from raygrow.weights.apply import Derived
 from raygrow.weights.atomic import new_folder
 from raygrow.weights.hf import from_hf_config, hf_name, is_derived, to_hf_config, updated_hf_config
@@ -22,7 +23,7 @@ from raygrow.weights.shapes import meta_rack, parameter_shapes
 Format = Literal["raygrow", "hf"]
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -126,7 +127,8 @@ def write_folder(
         OSError: If the folder exists already or cannot be written.
     """
     path = Path(path)
-    description = _description(config, format, settings)
+    # first of all, because it may refuse the model
+    description = _description(config, format, settings, tokenizer_from)
     shapes = parameter_shapes(config)
     rename = hf_name if format == "hf" else str
     with new_folder(path, replace=replace) as aside:
@@ -159,10 +161,17 @@ def _own_config(settings: dict[str, Any]) -> ModelConfig:
         raise ValueError(str(error)) from error
 
 
-def _description(config: ModelConfig, format: Format, settings: dict[str, Any] | None) -> dict[str, Any]:
+def _description(
+    config: ModelConfig, format: Format, settings: dict[str, Any] | None, tokenizer_from: str | Path | None
+) -> dict[str, Any]:
+    """The new config.json, but for the dtype of the tensors."""
     if format == "raygrow":
         return {"model_type": "raygrow", "model": asdict(config)}
-    return updated_hf_config(settings, config) if settings else to_hf_config(config)
+    if settings is not None:
+        return updated_hf_config(settings, config)
+    if tokenizer_from is None or not (Path(tokenizer_from) / TOKENIZER_FILE).exists():
+        return to_hf_config(config)
+    return to_hf_config(config, eos_id=load_tokenizer(tokenizer_from).eos_id)
 
 
 def _check_stored(

@@ -45,9 +45,7 @@ def from_hf_config(settings: dict[str, Any]) -> ModelConfig:
         ValueError: If the model is not a Llama, or has something that raygrow's Llama has not.
     """
     if settings.get("model_type") != "llama":
-        raise ValueError(
-            f"model_type={settings.get('model_type')!r}: of Hugging Face's models raygrow reads only llama"
-        )
+        raise ValueError(f"model_type={settings.get('model_type')!r}: raygrow reads only llama models of Hugging Face")
     if settings.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={settings['hidden_act']!r}: only silu is supported")
     if settings.get("quantization_config"):
@@ -73,8 +71,12 @@ def from_hf_config(settings: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"{error.args[0]} is missing from the model's config.json") from error
 
 
-def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig, *, eos_id: int | None = None) -> dict[str, Any]:
     """A Llama `config.json` that transformers 4 and 5 both read, but for the dtype of the stored tensors.
+
+    Args:
+        config: The model.
+        eos_id: Token that ends a text, where known.
 
     Raises:
         ValueError: If a Llama cannot be such a model; names the field.
@@ -105,7 +107,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
         "bos_token_id": None,  # left out, transformers would take ids that mean something else in this vocabulary
-        "eos_token_id": None,
+        "eos_token_id": eos_id,
     }
 
 

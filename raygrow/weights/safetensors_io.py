@@ -44,7 +44,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         index = _read_index(path)
         files = sorted(set(index.values())) if index else [SINGLE_FILE]
         self._opened = {file: _open(path / file) for file in files}
-        self._file_of = {name: file for file, opened in self._opened.items() for name in opened.keys()}
+        names = {file: opened.keys() for file, opened in self._opened.items()}
+        self._file_of = {name: file for file in files for name in names[file]}
         for name, file in index.items():
             if self._file_of.get(name) != file:
                 raise ValueError(f"tensor {name!r} is missing from {path / file}, where {INDEX_FILE} says it is")
@@ -116,7 +117,7 @@ class _Shard:
     def add(self, name: str, tensor: Tensor) -> None:
         # bytes go from the source's memory map to the file: no copy is made of a contiguous CPU tensor
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._file.write(memoryview(data))
+        self._file.write(data.data)
         self.entries[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -157,8 +158,8 @@ def _read_index(path: Path) -> dict[str, str]:
         return json.loads((path / INDEX_FILE).read_text())["weight_map"]
     if not (path / SINGLE_FILE).exists():
         raise FileNotFoundError(
-            f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: raygrow reads safetensors only, convert other formats "
-            "with transformers' save_pretrained"
+            f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: raygrow reads safetensors only, convert other "
+            "formats with transformers' save_pretrained"
         )
     return {}
 

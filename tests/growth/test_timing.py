@@ -1,0 +1,62 @@
+"""The growth-timing formula against the authors' table, and what happens outside its range."""
+
+import pytest
+
+from raygrow.growth.timing import describe, growth_timing
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens", "base_tokens"),
+    [(8e9, 15e12, 6.58e9), (7e9, 2e12, 11.11e9), (13e9, 2e12, 15.84e9), (70e9, 2e12, 42.48e9)],
+)
+def test_the_published_table(params, tokens, base_tokens):
+    timing = growth_timing(params, tokens)
+    assert round(timing.base_tokens, -7) == base_tokens
+    assert f"{base_tokens / 1e9:.2f}"[:4] in describe(timing)
+    assert timing.follows_fit
+
+
+def test_inside_the_fitted_range_there_is_nothing_to_say():
+    timing = growth_timing(1.1e9, 100e9)
+    assert timing.outside_fit == ()
+    assert timing.flops == pytest.approx(6.6e20)
+    assert timing.base_tokens == pytest.approx(11.44e9, rel=1e-3)
+    assert timing.base_share == pytest.approx(11.44e9 / (4 * 100e9), rel=1e-3)
+    assert "caution" not in describe(timing)
+    assert "proposal" not in describe(timing)
+
+
+def test_outside_the_fitted_range_it_says_so():
+    assert len(growth_timing(7e9, 2e12).outside_fit) == 2
+    (only_flops,) = growth_timing(1e9, 1e9).outside_fit
+    assert only_flops.startswith("C=6e+18 is below")
+
+
+def test_a_base_that_would_cost_too_much_gets_a_share_instead():
+    timing = growth_timing(25e6, 100e6)
+    assert timing.fitted_base_share > 100
+    assert timing.base_share == 0.05
+    assert timing.base_tokens == pytest.approx(0.05 * 4 * 100e6)
+    assert not timing.follows_fit
+    assert "5.00% of the FLOPs instead, 20e6 tokens" in describe(timing)
+    assert growth_timing(25e6, 100e6, share=0.1).base_tokens == pytest.approx(40e6)
+
+
+def test_a_larger_factor_makes_the_same_base_tokens_cheaper():
+    two, four = growth_timing(1.1e9, 100e9, factor=2), growth_timing(1.1e9, 100e9, factor=4)
+    assert two.base_tokens == four.base_tokens
+    assert two.base_share == pytest.approx(2 * four.base_share)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"params": 0, "tokens": 1e9}, "params=0"),
+        ({"params": 1e9, "tokens": float("inf")}, "tokens=inf"),
+        ({"params": 1e9, "tokens": 1e9, "factor": 0}, "factor=0"),
+        ({"params": 1e9, "tokens": 1e9, "share": 0.5}, "share=0.5"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        growth_timing(**arguments)
