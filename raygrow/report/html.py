@@ -15,7 +15,7 @@ TEMPLATE = "report.html.jinja"
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Writes `report.html` and `loss.png` about run folders, finished or not.
+    """Writes `report.html` and, once a step has been reported, `loss.png` about run folders, finished or not.
 
     Args:
         runs: Run folders. The control of each (`<name>-scratch` beside it) is added by itself.
@@ -26,22 +26,21 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
     Raises:
         FileNotFoundError: If a folder is no run folder.
-        ValueError: If there is nothing to report, or a file in a run folder is damaged.
+        ValueError: If a file in a run folder is damaged.
     """
     loaded = load_runs(runs)
-    if not any(run.history for run in loaded):
-        raise ValueError(f"{', '.join(map(str, runs))}: no step has been reported yet, so there is nothing to show")
-    loaded = [run for run in loaded if run.history]
+    begun = [run for run in loaded if run.history]
     environment = Environment(
         loader=PackageLoader("raygrow.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template(TEMPLATE).render(
         summary=summarize(loaded),
-        figures=[plots.svg(panel, loaded) for panel in plots.panels(loaded)],
+        figures=[plots.svg(panel, begun) for panel in plots.panels(begun)],
         folders=[str(run.path) for run in loaded],
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
     out.mkdir(parents=True, exist_ok=True)
-    plots.write_png(loaded, out / "loss.png")
+    if begun:
+        plots.write_png(begun, out / "loss.png")
     replace_file(out / "report.html", page)
     return out / "report.html"

@@ -151,6 +151,8 @@ def mark_phases(axes: Axes, runs: list[Run], start: str, size: float = 1.0) -> N
 
 def panels(runs: list[Run]) -> list[Panel]:
     """The panels that the runs have data for."""
+    if not runs:
+        return []
     evaluated = any(validation_curve(run, "flops") is not None for run in runs)
     return [draw_loss, *([draw_close_up] if evaluated else []), draw_throughput, draw_learning_rate]
 

@@ -1,6 +1,6 @@
 """Reads run folders: what was set, what was measured, how growth was verified, how the run ended.
 
-A run in progress has no summary yet and may be in the middle of writing its last line; both are fine.
+A run in progress has no summary yet, perhaps no history, and may be in the middle of writing a line: all fine.
 """
 
 import json
@@ -89,9 +89,10 @@ class Run:
         return found
 
     def columns(self, *keys: str) -> tuple[np.ndarray, ...]:
-        """The named metrics over the history, from the lines that hold all of them."""
-        rows = [[line[key] for key in keys] for line in self.history if all(line.get(key) is not None for key in keys)]
-        return tuple(np.array(rows, dtype=float).reshape(-1, len(keys)).T)
+        """The named metrics over the history, from the lines where all of them are there and finite."""
+        lines = ([line.get(key) for key in keys] for line in self.history)
+        rows = np.array([row for row in lines if None not in row], dtype=float).reshape(-1, len(keys))
+        return tuple(rows[np.isfinite(rows).all(axis=1)].T)
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric, or None where there is none yet."""
@@ -102,22 +103,18 @@ def load_run(path: Path) -> Run:
     """Reads a run folder.
 
     Raises:
-        FileNotFoundError: If the folder has no `history.jsonl`.
+        FileNotFoundError: If the folder holds neither `run.yaml` nor `history.jsonl`.
         ValueError: If a file in it is damaged; names the file, and the line in a history.
     """
     path = Path(path)
-    history = path / "history.jsonl"
-    if not history.is_file():
-        raise FileNotFoundError(
-            f"{history} does not exist: {path} is no run folder, or its training has not reported yet"
-        )
-    settings = path / "run.yaml"
-    summary = path / "summary.json"
+    history, settings, summary = path / "history.jsonl", path / "run.yaml", path / "summary.json"
+    if not history.is_file() and not settings.is_file():
+        raise FileNotFoundError(f"{path} is no run folder: it holds neither run.yaml nor history.jsonl")
     growths = sorted((path / "growth").glob("*.json"))
     return Run(
         path=path.resolve(),
         settings=_read_yaml(settings) if settings.is_file() else {},
-        history=read_history(history),
+        history=read_history(history) if history.is_file() else [],
         growths={file.stem: _read_json(file) for file in growths},
         summary=_read_json(summary) if summary.is_file() else {},
     )
@@ -127,7 +124,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Reads run folders, grown ones first, and adds the control of each where it lies beside it and is not named."""
     paths = [Path(path).resolve() for path in paths]
     controls = [path.with_name(path.name + SCRATCH_SUFFIX) for path in paths]
-    found = [control for control in controls if (control / "history.jsonl").is_file()]
+    found = [control for control in controls if (control / "run.yaml").is_file()]
     return sorted((load_run(path) for path in dict.fromkeys(paths + found)), key=lambda run: not run.is_grown)
 
 

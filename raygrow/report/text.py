@@ -30,11 +30,7 @@ def print_summary(runs: Sequence[Path], console: Console | None = None) -> None:
         ValueError: If a file in a run folder is damaged.
     """
     console = console or Console(highlight=False)
-    loaded = [run for run in load_runs(runs) if run.history]
-    if not loaded:
-        console.print("No step has been reported yet.")
-        return
-    summary = summarize(loaded)
+    summary = summarize(load_runs(runs))
     console.print(f"\n[bold {COLORS[summary.outcome]}]{escape(summary.headline)}[/]")
     for sentence in summary.sentences:
         console.print(escape(sentence))

@@ -84,6 +84,12 @@ def test_a_run_in_progress_has_no_last_word():
     assert compare(run("g"), run("s", (100, 4.0))) is None
 
 
+def test_a_diverged_evaluation_is_left_out():
+    verdict = compare(run("g", (100, 3.0), (300, float("nan")), status="failed"), run("s", (100, 4.0), (300, 2.0)))
+    assert verdict is not None
+    assert (verdict.flops, verdict.grown_loss, verdict.finished) == (100, 3.0, False)
+
+
 def test_curves_that_never_meet():
     apart = crossing(curve((100, 2.0), (200, 1.5)), curve((100, 9.0), (200, 8.0)), 1.5)
     assert (apart.grown, apart.scratch, apart.speedup) == (200, None, None)

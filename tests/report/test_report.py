@@ -58,11 +58,14 @@ def test_a_failed_run_gives_its_reason(pair: tuple[Path, Path]):
     assert reason in " ".join(printed(*pair).split())
 
 
-def test_nothing_reported_yet(pair: tuple[Path, Path], tmp_path: Path):
-    (pair[1] / "history.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no step has been reported"):
-        write_report([pair[1]], tmp_path)
-    assert "No step has been reported" in printed(pair[1])
+def test_a_run_that_failed_before_its_first_step(pair: tuple[Path, Path], tmp_path: Path):
+    for run in pair:
+        (run / "history.jsonl").unlink()
+    (pair[0] / "summary.json").write_text(json.dumps({"status": "failed", "reason": "a shard is missing"}))
+    page = write_report([pair[0]], tmp_path / "out").read_text()
+    assert "demo failed: a shard is missing" in page
+    assert "<svg" not in page
+    assert "demo failed: a shard is missing" in printed(pair[0])
 
 
 @pytest.mark.parametrize("width", [80, 160])
