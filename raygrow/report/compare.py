@@ -178,5 +178,5 @@ def sentences(c: Comparison) -> list[str]:
     if late:
         said.append(f"Loss {c.beyond.loss:.3f} was never reached {late}.")
     if not c.equal_budgets:
-        said.append("The budgets differ: there, the longer run had not yet decayed its learning rate.")
+        said.append("The budgets differ: where they are compared, the longer run had yet to decay its learning rate.")
     return said

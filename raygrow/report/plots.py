@@ -25,7 +25,7 @@ from raygrow.report.files import replace_file
 from raygrow.report.runs import Run
 
 INK = "#454a53"
-GROWN = ("#2f6fe4", "#0d9a78", "#9254de", "#d4488e")
+GROWN = ("#3d7ff0", "#0fa37f", "#a06af0", "#d4488e")
 SCRATCH = ("#e27a00", "#a3740a")
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
