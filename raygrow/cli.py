@@ -140,7 +140,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def _compose(command: Callable[[dict[str, Any]], int], words: list[str]) -> int:
     """Lets Hydra compose the settings, and calls `command` with the tree: once, or for each run of `--multirun`."""
     import hydra
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -150,6 +150,8 @@ def _compose(command: Callable[[dict[str, Any]], int], words: list[str]) -> int:
             yield
         except MissingMandatoryValue as error:
             raise ValueError(f"{error.full_key} is missing: it has no default, so give it a value") from error
+        except OverrideParseException as error:
+            raise ValueError(f"{error.override.lstrip('+')}: cannot be read as key=value; {error}") from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(re.split(r"\n *(?:Config search path|full_key)", str(error))[0]) from error
 
@@ -183,7 +185,7 @@ def prepare(tree: dict[str, Any]) -> int:
     Reads a corpus, trains a tokenizer (or takes a finished one), drops exact duplicates, sets documents aside for
     validation, and writes shards with a manifest to the folder `data.path`.
 
-    examples:
+    Examples:
       raygrow prepare                                              Python's standard library
       raygrow prepare data.roots=site-packages                     and every installed package
       raygrow prepare data=files data.files='texts/**/*.txt'       your own text, jsonl or parquet
@@ -194,16 +196,12 @@ def prepare(tree: dict[str, Any]) -> int:
     """
     from raygrow.config import build
     from raygrow.data.sources import DataConfig
-
+    from raygrow.runtime.data import prepare_data
     from raygrow.runtime.progress import progress_bar
 
     config: Any = build(DataConfig, tree["data"], "data")
-    if config.engine == "ray":
-        from raygrow.runtime.data import prepare_with_ray as run
-    else:
-        from raygrow.data.prepare import prepare as run
     with progress_bar("text") as progress:
-        manifest = run(config, progress=progress)
+        manifest = prepare_data(config, progress=progress)
     for name, split in manifest.splits.items():
         print(f"{config.path}  {name:<10} {split.documents:>9,} documents  {split.tokens:>13,} tokens")
     return 0
@@ -215,7 +213,7 @@ def train(tree: dict[str, Any]) -> int:
     Trains `model` by `plan` on Ray Train and writes the run's folder, <storage_path>/<name>. Started again under the
     same name, it goes on where it stopped.
 
-    examples:
+    Examples:
       raygrow train model=decoder/llama/tiny plan=gstack           what is trained when nothing is said
       raygrow train control=true workers.num=2                     also from scratch, on two workers
       raygrow train plan.phases.stacked.growth.factor=2            stack twice instead of four times
@@ -231,8 +229,9 @@ def train(tree: dict[str, Any]) -> int:
     run = build(RunConfig, tree)
     if run.dry_run:
         from raygrow.train.dry_run import describe
+        from raygrow.train.plan import resolve
 
-        print(describe(run))
+        print(describe(resolve(run.plan, run.model, run.train), run.train, workers=run.workers.most))
         return 0
     from raygrow.runtime.train import train
 
@@ -245,7 +244,7 @@ def grow(parsed: argparse.Namespace) -> int:
     Takes raygrow's model folders and Hugging Face Llamas, and writes the same kind. Works tensor by tensor: the model
     is never in memory, whatever its size.
 
-    examples:
+    Examples:
       raygrow grow models/small models/big operator=gstack factor=2
     """
     import yaml
@@ -275,7 +274,7 @@ def timing(parsed: argparse.Namespace) -> int:
     How many tokens to train the base on before stacking it: log10(d) = 0.88 log10(N) + 163.27 / log10(C) - 5.74, with
     N non-embedding parameters of the final model and C = 6 N D FLOPs (arXiv 2405.15319).
 
-    examples:
+    Examples:
       raygrow timing --params 7e9 --tokens 2e12
     """
     from raygrow.growth.timing import describe, growth_timing
@@ -290,7 +289,7 @@ def evaluate(parsed: argparse.Namespace) -> int:
     Scores a model on the validation split of prepared data, and prints the result with all that is needed to get it
     again as JSON.
 
-    examples:
+    Examples:
       raygrow evaluate runs/tiny-gstack --data data/python_source
       raygrow evaluate models/llama --data data/mine --sequences 100
     """
@@ -306,7 +305,7 @@ def evaluate(parsed: argparse.Namespace) -> int:
 def export(parsed: argparse.Namespace) -> int:
     """Write a model as a folder for other programs.
 
-    examples:
+    Examples:
       raygrow export runs/tiny-gstack out --format hf       opens with transformers' AutoModelForCausalLM
       raygrow export models/llama out --format raygrow      a Hugging Face Llama as raygrow's own folder
     """
@@ -331,7 +330,7 @@ def report(parsed: argparse.Namespace) -> int:
     Writes report.html and loss.png about one run or several, finished or not, and prints the verdict. The control of
     a run is added by itself.
 
-    examples:
+    Examples:
       raygrow report runs/tiny-gstack
       raygrow report runs/factor-2 runs/factor-4 --out compared
     """
@@ -347,7 +346,7 @@ def report(parsed: argparse.Namespace) -> int:
 def generate(parsed: argparse.Namespace) -> int:
     """Continue a prompt.
 
-    examples:
+    Examples:
       raygrow generate runs/tiny-gstack --prompt "def "
       raygrow generate models/llama --prompt "Once" --tokens 50 --temperature 0
     """

@@ -133,8 +133,6 @@ def _build(hint: Any, tree: Any, path: str) -> Any:
     if typing.get_origin(hint) is dict and members:
         _require_mapping(tree, path)
         return {str(key): _build(arguments[1], value, _join(path, key)) for key, value in tree.items()}
-    if typing.get_origin(hint) is tuple and members:
-        return tuple(_build(arguments[0], value, _join(path, i)) for i, value in enumerate(tree))
     try:
         return _adapter(hint).validate_python(tree)
     except ValidationError as error:
@@ -173,7 +171,7 @@ def _member(members: list[Any], tree: Any, path: str) -> Any:
 
 
 def _unknown_key(key: str, known: list[str], path: str) -> str:
-    near = difflib.get_close_matches(key, known, n=3)
+    near = difflib.get_close_matches(key, known, cutoff=0.7)
     meant = f" Did you mean {' or '.join(_join(path, name) for name in near)}?" if near else ""
     return f"{_join(path, key)}: there is no such key.{meant} Known here: {', '.join(known)}"
 

@@ -1,0 +1,177 @@
+"""The command line: help, errors in one paragraph, and each command that needs no training."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from raygrow.cli import main
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.init import init_weights
+from raygrow.nn.rack import Rack
+from raygrow.weights.folder import load_model, open_folder, write_folder
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("prepare", "train", "grow", "timing", "evaluate", "export", "report", "generate")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["raygrow"])
+    monkeypatch.delenv("RAYGROW_TRACEBACK", raising=False)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    config = ModelConfig(vocab_size=300, d_model=16, n_heads=2, d_ff=24, blocks_per_stack=2, max_seq_len=32)
+    model = Rack(config)
+    init_weights(model, config, seed=0)
+    return write_folder(tmp_path / "small", config, model.state_dict().items())
+
+
+def failed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one paragraph that a command fails with."""
+    assert main(words) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert error.startswith("raygrow: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_alone_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    overview = capsys.readouterr().out
+    assert all(f"raygrow {command}" in overview for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"raygrow {command} " in capsys.readouterr().out.partition("Examples:")[2]
+
+
+def test_help_and_arithmetic_load_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from raygrow.cli import main; main([]); main(['timing', '--params', '1e9', '--tokens', '1e11']);"
+        "print(sorted({'torch', 'ray', 'hydra', 'pydantic', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens", "base"),
+    [("8e9", "15e12", 6.58), ("7e9", "2e12", 11.11), ("13e9", "2e12", 15.84), ("70e9", "2e12", 42.48)],
+)
+def test_timing(params: str, tokens: str, base: float, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["timing", "--params", params, "--tokens", tokens]) == 0
+    told = re.search(r"train the base on (\S+)e9 tokens", capsys.readouterr().out)
+    assert told
+    assert round(float(told[1]), 2) == base
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["train.optimiser.lr=1"], "train.optimiser: there is no such key. Did you mean train.optimizer?"),
+        (["sead=1"], "sead: there is no such key. Did you mean seed?"),
+        (["plan=gstck"], "plan/gstck"),
+        (["data=files"], "data.files is missing"),
+        (["plan.phases.stacked.growth.factor=2.5"], "plan.phases.stacked.growth.factor=2.5"),
+        (["plan.phases.stacked.growth.factor=3", "dry_run=true"], "factor=3"),
+        (["plan.phases.base.share=1.5", "dry_run=true"], "plan.phases.stacked"),
+        (["name=${nothing}"], "nothing"),
+        (["a=b=["], "a=b=["),
+        (["--config-name", "nothing"], "nothing"),
+    ],
+)
+def test_wrong_settings_are_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in failed(capsys, "train", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["grow", "nowhere", "out", "operator=gstack"], "nowhere"),
+        (["grow", "nowhere", "out", "factor"], "'factor'"),
+        (["grow", "nowhere", "out", "operator=gstack", "factor=2.5"], "factor=2.5"),
+        (["grow", "nowhere", "out", "operator=gstack", "facto=2"], "Did you mean factor?"),
+        (["timing", "--params", "0", "--tokens", "1"], "params=0"),
+        (["evaluate", "nowhere", "--data", "nothing"], "nothing"),
+        (["export", "nowhere", "out"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["generate", "nowhere"], "nowhere"),
+        (["prepare", "data=files", "data.files=nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_what_is_missing_is_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in failed(capsys, *words)
+    assert not Path("out").exists()
+
+
+def test_a_run_without_a_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    Path("run/run.yaml").touch()
+    assert "run: this run has no finished model yet" in failed(capsys, "generate", "run")
+
+
+def test_keys_that_no_yaml_file_mentions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "plan.phases.stacked.lr=5e-4", "train.compile=off", "--cfg", "job"]) == 0
+    shown = capsys.readouterr().out
+    assert "lr: 0.0005" in shown
+    assert "compile: 'off'" in shown
+
+
+def test_dry_run_of_several_plans_leaves_no_outputs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--multirun", "plan=gstack,scratch", "dry_run=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "gstack (factor 4)" in shown
+    assert "\nscratch " in shown
+    assert not Path("outputs").exists()
+    assert not Path("multirun").exists()
+
+
+def test_the_job_script_does_the_same() -> None:
+    words = ["model=decoder/llama/tiny", "plan=gstack", "plan.phases.stacked.growth.factor=2", "--cfg", "job"]
+    command = [sys.executable, ROOT / "jobs/train.py", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "factor: 2" in result.stdout
+    assert list(Path().iterdir()) == []
+
+
+def test_grow_and_export(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grow", str(small), "big", "operator=gstack", "factor=3"]) == 0
+    assert "2 -> 6 blocks" in capsys.readouterr().out
+    assert open_folder("big").config.n_blocks == 6
+
+    assert main(["export", "big", "hf", "--format", "hf"]) == 0
+    assert open_folder("hf").settings["model_type"] == "llama"
+
+    assert main(["export", "hf", "own", "--format", "raygrow"]) == 0
+    for name, tensor in load_model("big").state_dict().items():
+        assert torch.equal(load_model("own").state_dict()[name], tensor)
+
+
+def test_nothing_is_written_over(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "small" in failed(capsys, "grow", str(small), str(small), "operator=gstack")
+
+
+def test_from_text_to_a_score(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.txt").write_text("".join(f"line {i} of some text\n" for i in range(2000)))
+    words = ["data=files", "data.files=text.txt", "data.path=data", "data.tokenizer.vocab_size=280", "data.passage=500"]
+    assert main(["prepare", *words]) == 0
+    assert "train" in capsys.readouterr().out
+    assert main(["evaluate", str(small), "--data", "data", "--sequences", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
+
+    (small / "tokenizer.json").write_bytes(Path("data/tokenizer/tokenizer.json").read_bytes())
+    assert main(["generate", str(small), "--prompt", "line", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("line")

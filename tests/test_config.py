@@ -1,0 +1,160 @@
+"""The strict way from a tree to dataclasses, and every option of raygrow/conf."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
+
+import raygrow.conf
+from raygrow.config import RunConfig, WorkersConfig, build, from_yaml, to_tree, to_yaml
+from raygrow.growth.gstack import Gstack
+from raygrow.train.plan import resolve
+
+CONF = Path(raygrow.conf.__file__).parent
+OPTIONS = sorted(
+    (group.name, file.relative_to(group).with_suffix("").as_posix())
+    for group in CONF.iterdir()
+    for file in group.rglob("*.yaml")
+)
+REQUIRED = {"files": ["data.files=a.txt"], "dataset": ["data.dataset=some/name"]}
+"""What an option leaves to the user."""
+
+
+def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
+    OmegaConf.register_new_resolver("last", lambda path: str(path).rsplit("/")[-1], replace=True)
+    with initialize_config_module("raygrow.conf", version_base="1.3"):
+        config = compose(name, list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        tree: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return tree
+
+
+@pytest.fixture(scope="module")
+def tree() -> dict[str, Any]:
+    return composed()
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_makes_a_run(group: str, option: str) -> None:
+    run = build(RunConfig, composed(f"{group}={option}", *REQUIRED.get(option, [])))
+    assert resolve(run.plan, run.model, run.train)[-1].model.n_blocks == run.model.n_blocks
+
+
+def test_options_were_found() -> None:
+    assert ("model", "decoder/llama/tiny") in OPTIONS
+    assert ("plan", "gstack") in OPTIONS
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONF.glob("*.yaml")))
+def test_every_whole_configuration_makes_a_run(name: str) -> None:
+    run = build(RunConfig, composed(name=name))
+    assert resolve(run.plan, run.model, run.train)
+
+
+def test_run_yaml_gives_the_same_run(tree: dict[str, Any]) -> None:
+    run = build(RunConfig, tree | {"workers": {"num": [1, 4]}})
+    text = to_yaml(run)
+    assert from_yaml(text) == run
+    assert run.workers.num == (1, 4)
+    assert "torch:" in text
+    assert "commit:" in text
+
+
+def test_to_tree_turns_build_around(tree: dict[str, Any]) -> None:
+    run = build(RunConfig, tree)
+    assert build(RunConfig, to_tree(run)) == run
+
+
+def test_growth_is_told_by_its_tag(tree: dict[str, Any]) -> None:
+    assert build(RunConfig, tree).plan.phases["stacked"].growth == Gstack(factor=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    kind: Literal["files"] = "files"
+    files: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Web:
+    kind: Literal["web"] = "web"
+    url: str
+    depth: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    source: Files | Web | None = None
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.share is not None and self.share > 1:
+            raise ValueError(f"share={self.share}: must be at most 1")
+
+
+def test_a_union_and_numbers_as_text() -> None:
+    tree = {"source": {"kind": "web", "url": "u", "depth": "2"}, "share": 1}
+    assert build(Corpus, tree) == Corpus(source=Web(url="u", depth=2), share=1.0)
+    assert build(Corpus, {"source": None, "share": "1e-3"}) == Corpus(share=0.001)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sorce": 1}, r"^sorce: there is no such key. Did you mean source\?"),
+        ({"source": {"kind": "disk"}}, r"^source.kind='disk': must be one of files, web$"),
+        ({"source": {"url": "u"}}, r"^source.kind=None: must be one of files, web$"),
+        ({"source": {"kind": "web"}}, r"^source.url is missing"),
+        ({"source": {"kind": "web", "url": "u", "depth": 1.5}}, r"^source.depth=1.5: .*integer"),
+        ({"source": {"kind": "web", "url": "u", "files": "f"}}, r"^source.files: there is no such key"),
+        ({"source": {"kind": "web", "ur": 1}}, r"^source.ur: there is no such key. Did you mean source.url\?"),
+        ({"source": "web"}, r"^source='web': must be a mapping"),
+        ({"share": "much"}, r"^share='much': .*number"),
+        ({"share": 2}, r"^share=2.0: must be at most 1$"),
+        (None, r"^the configuration=None: must be a mapping"),
+    ],
+)
+def test_a_wrong_tree_is_named(wrong: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(Corpus, wrong)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("++model.attention_mode=bidirectional", "model.attention_mode='bidirectional'"),
+        ("++train.seq_len=4096", "train.seq_len=4096 is longer than model.max_seq_len=1024"),
+        ("++train.micro_batch_size=128", "micro_batch_size=128 is larger than the whole batch"),
+        ("++plan.phases.base.batch_size=16", None),
+        ("++model.n_heads=5", "^model.d_model=192 is not a multiple of n_heads=5"),
+        ("++workers.num=[3,2]", r"^workers.num=\(3, 2\)"),
+        ("++name=a/b", "^name='a/b'"),
+        ("++plan.phases.stacked.growth.factor=0", "^plan.phases.stacked.growth.*factor=0"),
+        ("++plan.phases.stacked.growth.operator=widen", "^plan.phases.stacked.growth.operator='widen'.*gstack"),
+    ],
+)
+def test_contradictions_are_named(override: str, message: str | None) -> None:
+    tree = composed(override)
+    if message is None:
+        build(RunConfig, tree)
+    else:
+        with pytest.raises(ValueError, match=message):
+            build(RunConfig, tree)
+
+
+def test_a_damaged_run_yaml_is_named(tree: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"run\.yaml is not YAML"):
+        from_yaml("{")
+    with pytest.raises(ValueError, match="seeed"):
+        from_yaml(to_yaml(build(RunConfig, tree)).replace("seed:", "seeed:"))
+
+
+@pytest.mark.parametrize(("num", "most"), [(2, 2), ((1, 4), 4)])
+def test_most_workers(num: int | tuple[int, int], most: int) -> None:
+    assert WorkersConfig(num=num).most == most
