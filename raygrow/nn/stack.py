@@ -5,13 +5,12 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from raygrow.nn.attention import Attend
-from raygrow.nn.block import Block
 
 
 class Stack(nn.Module):
     """Blocks applied one after another. `attends` gives each Block the attention it is to use."""
 
-    def __init__(self, blocks: Iterable[Block]) -> None:
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch.utils.tensorboard import SummaryWriter
 
 from raygrow.runtime.run_folder import RunFolder
@@ -82,7 +83,5 @@ class History:
 
 def open_history(folder: RunFolder) -> ActorHandle:
     """Starts the run's history actor beside the driver."""
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )
-    return History.options(scheduling_strategy=here).remote(folder)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return History.options(scheduling_strategy=here).remote(folder)  # pyright: ignore[reportReturnType]

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from rich.console import Console
 
 from raygrow.train.plan import Phase
@@ -59,7 +60,7 @@ def _watch(phase: Phase, history: ActorHandle, console: Console, done: threading
             finished = done.wait(POLL_SECONDS)  # one more look after the end, for the last line
             try:
                 record, events = ray.get(history.news.remote())
-            except ray.exceptions.RayError:  # the cluster is going down; the run itself reports why
+            except RayError:  # the cluster is going down; the run itself reports why
                 return
             for event in events:
                 console.print(event, highlight=False)

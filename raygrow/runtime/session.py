@@ -40,6 +40,7 @@ class RaySession:
         self._answer: ray.ObjectRef | None = None
         self._context = ray.train.get_context()
         storage = self._context.get_storage()
+        assert storage, "a running Ray Train worker has storage"
         is_local = isinstance(storage.storage_filesystem, fs.LocalFileSystem)
         self._shared = Path(storage.experiment_fs_path) if is_local else None
 

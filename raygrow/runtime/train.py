@@ -16,12 +16,14 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from rich.console import Console
 
 from raygrow.config import RunConfig
-from raygrow.data.shards import check_tokenizer, load_manifest, open_tokens
+from raygrow.data.shards import MANIFEST_FILE, check_tokenizer, load_manifest, open_tokens
 from raygrow.report.html import write_report
 from raygrow.report.text import print_summary
 from raygrow.runtime.cluster import connect, has_gpu
+from raygrow.runtime.data import prepare_data
 from raygrow.runtime.history import open_history
 from raygrow.runtime.live import live_progress
+from raygrow.runtime.progress import progress_bar
 from raygrow.runtime.run_folder import RunFolder
 from raygrow.runtime.session import RaySession, local_folder
 from raygrow.text.tokenizer import load_tokenizer
@@ -61,7 +63,10 @@ def train(run: RunConfig) -> int:
 
 
 def _check_data(run: RunConfig, phases: tuple[Phase, ...]) -> None:
-    """Reads every shard once, and holds the tokenizer against the models."""
+    """Prepares the data where that has not been done, reads every shard once, and holds the tokenizer to the models."""
+    if not (Path(run.data.path) / MANIFEST_FILE).exists():
+        with progress_bar("text") as progress:
+            prepare_data(run.data, progress=progress)
     manifest = load_manifest(run.data.path)
     for split in ("train", "validation"):
         open_tokens(run.data.path, split, verify=True)
@@ -167,6 +172,7 @@ def _train_phase(
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         return Outcome("failed", _cause(phase, error)), None
+    assert isinstance(result.return_value, dict), "what _train_worker returned on rank 0"
     return Outcome(**result.return_value), result.checkpoint
 
 
@@ -192,4 +198,4 @@ def _report(folders: list[RunFolder], console: Console) -> None:
         console.print("The report of a run in an object store: copy its folder here and run `raygrow report`.")
         return
     print_summary(local, console)
-    console.print(f"report: {write_report(local, local[0] / 'report.html')}")
+    console.print(f"report: {write_report(local, local[0])}")

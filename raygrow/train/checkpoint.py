@@ -14,7 +14,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -54,7 +54,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Pr
         raise ValueError(f"checkpoint {folder} has no tensor {missing[0]!r} ({len(missing)} missing): another model?")
     dcp_load(table, checkpoint_id=folder)
     values = {field.name: table[f"progress.{field.name}"].item() for field in fields(Progress)}
-    return Progress(**(values | {"step": int(values["step"])}))
+    return Progress(step=int(values.pop("step")), **values)
 
 
 class CheckpointTensors(Mapping[str, Tensor]):

@@ -7,7 +7,7 @@ whether the checkpoint being written is on disk. The steps between are never wai
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -110,7 +110,7 @@ class _PhaseRun:
         )
         self.progress.seconds = start.seconds
         if start.verification and self.worker.rank == 0:
-            self.session.save_verification(asdict(start.verification))
+            self.session.save_verification(start.verification.to_json())
         if start.verification and start.verification.failure:
             return f"{self.phase.name}: {start.verification.failure}"
         # growth is never repeated: a restart finds this

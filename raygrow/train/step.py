@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from raygrow.nn.rack import Rack
@@ -37,6 +38,7 @@ def train_step(
     """
     micro_batches = list(zip(*(part.split(micro_batch_size) for part in batch), strict=True))
     share = torch.zeros((), device=batch[0].device)
+    assert isinstance(model, FSDPModule)
     for index, (tokens_BT, targets_BT) in enumerate(micro_batches):
         model.set_requires_gradient_sync(index == len(micro_batches) - 1)
         loss = model(tokens_BT, targets_BT) / step_tokens
