@@ -12,7 +12,6 @@ from typing import IO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COMPRESSIONS = (".gz", ".xz", ".zst")
 DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowInvalid)
 
 
@@ -28,7 +27,7 @@ def read_file(path: Path, *, text_key: str, passage: int) -> Iterator[str]:
         ValueError: If the file is damaged or a document lacks the key; names file and line.
         UnicodeDecodeError: If it is not UTF-8.
     """
-    content = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    content = path.with_suffix("") if path.suffix in OPENERS else path
     try:
         if content.suffix == ".parquet":
             yield from _read_parquet(path, text_key)
@@ -45,15 +44,15 @@ def read_file(path: Path, *, text_key: str, passage: int) -> Iterator[str]:
 
 def _open_text(path: Path) -> io.TextIOWrapper:
     """Opens for reading; line ends stay as they are, a byte-order mark goes."""
-    if path.suffix == ".gz":
-        binary = gzip.open(path)
-    elif path.suffix == ".xz":
-        binary = lzma.open(path)
-    elif path.suffix == ".zst":
-        binary = pa.input_stream(str(path), compression="zstd")
-    else:
-        binary = path.open("rb")
-    return io.TextIOWrapper(cast(IO[bytes], binary), encoding="utf-8-sig", newline="\n")
+    opener = OPENERS.get(path.suffix, Path.open)
+    return io.TextIOWrapper(cast(IO[bytes], opener(path, "rb")), encoding="utf-8-sig", newline="\n")
+
+
+def _open_zstd(path: Path, _mode: str) -> pa.NativeFile:
+    return pa.input_stream(str(path), compression="zstd")
+
+
+OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstd}
 
 
 def _passages(lines: Iterable[str], length: int) -> Iterator[str]:

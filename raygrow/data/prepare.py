@@ -6,6 +6,7 @@ duplicates side by side, and makes the result the same however many processes di
 
 import errno
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,8 @@ import numpy as np
 from raygrow.data.shards import TOKENIZER_FOLDER, Manifest, ShardWriter, SplitInfo, check_tokenizer, load_manifest
 from raygrow.data.sources import DataConfig, Progress, list_parts, read_documents, silent
 from raygrow.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+log = logging.getLogger(__name__)
 
 BATCH_BYTES = 8_000_000
 """Text tokenized at a time: enough to keep every core busy."""
@@ -104,7 +107,7 @@ def first_training_digest(validation_share: float) -> str:
     return f"{int(validation_share * 2**64):016x}"
 
 
-def split_point(config: DataConfig, *, documents: int, below: int) -> int:
+def split_point(*, documents: int, below: int) -> int:
     """How many documents, from the first, are for validation: those `below` the threshold, and at least one.
 
     Raises:
@@ -112,7 +115,7 @@ def split_point(config: DataConfig, *, documents: int, below: int) -> int:
     """
     if documents < 2:
         raise ValueError(
-            f"data: the corpus has {documents} documents that are not blank, and needs at least two (one for "
+            f"the corpus has {documents} documents that are not blank, and needs at least two (one for "
             "validation); give it more text"
         )
     return min(max(below, 1), documents - 1)
@@ -154,7 +157,7 @@ def read_corpus(config: DataConfig, progress: Progress = silent) -> dict[str, Do
     unique = {digest(text): text for text in read_documents(config, list_parts(config), progress=progress)}
     ordered = sorted(unique)
     below = int(np.searchsorted(ordered, first_training_digest(config.validation_share)))
-    n_validation = split_point(config, documents=len(ordered), below=below)
+    n_validation = split_point(documents=len(ordered), below=below)
     texts = [unique[key] for key in ordered]
     return {"train": LocalDocuments(texts[n_validation:]), "validation": LocalDocuments(texts[:n_validation])}
 
@@ -193,10 +196,12 @@ def _finished(config: DataConfig) -> Manifest:
     if changed:
         differences = "; ".join(f"data.{key} was {manifest.settings.get(key)}, is {wanted[key]}" for key in changed)
         raise ValueError(
-            f"{config.path} was prepared with other settings ({differences}). Set data.path to another folder, or delete it"
+            f"{config.path} was prepared with other settings ({differences}). "
+            "Set data.path to another folder, or delete this one"
         )
     if config.tokenizer.path:
         check_tokenizer(manifest, load_tokenizer(config.tokenizer.path), name=config.tokenizer.path)
+    log.info("%s is already prepared", config.path)
     return manifest
 
 
@@ -212,8 +217,8 @@ def _written_aside(folder: Path) -> Iterator[Path]:
         if error.errno in DISK_FULL:
             raise OSError(
                 error.errno,
-                f"{os.strerror(error.errno)}, while writing the data of {folder}. Nothing was kept; free some space or set "
-                "data.path to another disk",
+                f"{os.strerror(error.errno)}, while writing the data of {folder}. "
+                "Nothing was kept; free some space or set data.path to another disk",
             ) from error
         raise
     finally:

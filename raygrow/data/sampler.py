@@ -1,8 +1,8 @@
 """Which tokens a training sample holds: a pure function of the seed and the sample's number.
 
-No state is kept, so a run goes on anywhere, with any number of workers, and reads what it would have read. The corpus is
-cut into windows, and each epoch visits them in an order of its own: a permutation computed per index by a Feistel network
-with cycle walking (Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9), so even a huge corpus needs no table.
+No state is kept, so a run goes on anywhere, with any number of workers, and reads what it would have read. The corpus
+is cut into windows, and each epoch visits them in an order of its own: a permutation computed per index by a Feistel
+network with cycle walking (Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9), so even a huge corpus needs no table.
 Shapes: B samples, T tokens.
 """
 
@@ -98,7 +98,7 @@ def _first_windows(tokens: Tokens, window: int) -> np.ndarray:
     counts = [(len(shard) - 1) // window for shard in tokens.shards]  # the last target lies one token further
     if not sum(counts):
         raise ValueError(
-            f"the {tokens.split} split holds {tokens.n_tokens} tokens, and no shard a sequence of {window} and one more; "
+            f"the {tokens.split} split holds {tokens.n_tokens} tokens, too few for a sequence of {window} + 1: "
             "prepare more text, raise data.validation_share or lower train.seq_len"
         )
     return np.cumsum([0, *counts])

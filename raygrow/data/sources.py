@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from raygrow.data.files import read_file
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -180,8 +177,8 @@ def _matching_files(patterns: tuple[str, ...]) -> list[str]:
 
 
 @cache
-def _load_dataset(config: DatasetCorpus) -> "Dataset":
-    """The rows of one split, memory-mapped."""
+def _load_dataset(config: DatasetCorpus) -> Any:
+    """The `datasets.Dataset` of one split, memory-mapped."""
     import datasets  # slow to import, and most corpora do without
 
     try:

@@ -69,7 +69,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE (GPT-2's, https://openai.com/index/better-language-models). The same texts give the same tokenizer.
+    """Train a byte-level BPE, as GPT-2's is. The same texts give the same tokenizer.
 
     Args:
         texts: What to learn the merges from.
