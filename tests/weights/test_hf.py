@@ -18,7 +18,12 @@ LLAMAS = {
     "gqa": {"num_key_value_heads": 2},
     "mqa tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "odd sizes": {"vocab_size": 61, "hidden_size": 42, "intermediate_size": 37, "num_attention_heads": 3},
-    "own head_dim": {"head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    # transformers 4 takes the one spelling of theta, 5 the other
+    "own head_dim": {
+        "head_dim": 10,
+        "rope_theta": 500.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
     "biases": {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
 }
 TOKENS = torch.randint(0, 61, (2, 17), generator=torch.Generator().manual_seed(0))

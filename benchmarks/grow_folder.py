@@ -1,0 +1,176 @@
+"""Time and memory of growing a 1.1B-parameter Hugging Face folder x2, beside `cp`.
+
+    python benchmarks/grow_folder.py [--folder /tmp] [--rounds 3]
+
+Each round times, one right after the other and with warm caches, `cp` of a file of the output's size, reading the input,
+and growing in a process of its own whose anonymous memory (RssAnon) is sampled. A time is taken twice: when the work
+returns, and when everything written is on the disk (`sync`), for both sides alike. Needs about 11 GB of disk.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.cost import parameters
+from raygrow.weights.folder import write_folder
+from raygrow.weights.shapes import parameter_shapes
+
+TINY_LLAMA = ModelConfig(
+    vocab_size=32_000, d_model=2048, n_heads=32, n_kv_heads=4, d_ff=5632, n_stacks=1, blocks_per_stack=22
+)
+GROW = """
+import json, sys
+from raygrow.growth.folder import grow_folder
+from raygrow.growth.gstack import Gstack
+print(json.dumps(grow_folder(sys.argv[1], sys.argv[2], Gstack(factor=2))))
+"""
+SAMPLE_SECONDS = 0.005
+
+
+def main() -> None:
+    """Runs the rounds, prints a table, writes one JSON row."""
+    parser = argparse.ArgumentParser(description="Time and memory of growing a 1.1B-parameter folder x2.")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to put the models")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="grow_folder-") as work:
+        rounds = measure(Path(work), arguments.rounds)
+    row = summarize(rounds)
+    print_table(rounds, row)
+    arguments.results.mkdir(exist_ok=True)
+    file = arguments.results / f"grow_folder_{platform.machine()}_{time.strftime('%Y%m')}.json"
+    file.write_text(json.dumps(row, indent=2) + "\n")
+    print(f"written to {file}")
+
+
+def measure(work: Path, rounds: int) -> list[dict[str, float]]:
+    """Makes the source and measures it so many times; the first growth only makes the file that `cp` copies."""
+    source, same_size = work / "source", work / "same-size"
+    print(f"writing a folder of {parameters(TINY_LLAMA):,} random bf16 parameters", flush=True)
+    write_folder(source, TINY_LLAMA, random_tensors(), format="hf")
+    grow(source, work / "grown")
+    (work / "grown/model.safetensors").rename(same_size)
+    shutil.rmtree(work / "grown")
+    measured = []
+    for _ in range(rounds):
+        copied = timed(lambda: subprocess.run(["cp", same_size, work / "copy"], check=True))
+        (work / "copy").unlink()
+        read = timed(lambda: read_through(source / "model.safetensors"))
+        result: dict[str, float] = {}
+        grown = timed(lambda result=result: result.update(grow(source, work / "grown")))
+        start_up = grown["returned"] - result["seconds"]  # interpreter and imports, not part of growing
+        bytes_written = (work / "grown/model.safetensors").stat().st_size
+        shutil.rmtree(work / "grown")
+        measured.append(
+            {
+                "grow_seconds": result["seconds"],
+                "copy_seconds": copied["returned"] + read["returned"],
+                "grow_synced_seconds": grown["synced"] - start_up,
+                "copy_synced_seconds": copied["synced"] + read["returned"],
+                "start_up_seconds": start_up,
+                "peak_anonymous_bytes": result["peak_anonymous_bytes"],
+                "bytes_written": bytes_written,
+            }
+        )
+    return measured
+
+
+def random_tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    """The source's tensors, one at a time."""
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in parameter_shapes(TINY_LLAMA).items():
+        yield name, torch.empty(shape).normal_(0, 0.02, generator=generator).bfloat16()
+
+
+def grow(source: Path, target: Path) -> dict[str, float]:
+    """Grows in a process of its own; its seconds and its peak of anonymous memory."""
+    process = subprocess.Popen([sys.executable, "-c", GROW, source, target], stdout=subprocess.PIPE, text=True)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, anonymous_bytes(process.pid))
+        time.sleep(SAMPLE_SECONDS)
+    output = process.communicate()[0]
+    if process.returncode:
+        raise SystemExit(f"growing failed with exit code {process.returncode}")
+    return {"seconds": json.loads(output)["seconds"], "peak_anonymous_bytes": peak}
+
+
+def anonymous_bytes(pid: int) -> int:
+    """RssAnon of a process; 0 once it is gone."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")), 0)
+
+
+def read_through(file: Path) -> None:
+    """Reads a file once, in pieces."""
+    piece = bytearray(1 << 20)
+    with file.open("rb", buffering=0) as opened:
+        while opened.readinto(piece):
+            pass
+
+
+def timed(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds until the work returns, and until what it wrote is on the disk."""
+    os.sync()
+    start = time.perf_counter()
+    work()
+    returned = time.perf_counter() - start
+    os.sync()
+    return {"returned": returned, "synced": time.perf_counter() - start}
+
+
+def summarize(rounds: list[dict[str, float]]) -> dict[str, object]:
+    """One result row: medians over the rounds, and where and how they were measured."""
+    medians = {key: statistics.median(result[key] for result in rounds) for key in rounds[0]}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "benchmark": "grow_folder",
+        "model": "1.1B parameters, bf16, Hugging Face folder, gstack factor 2",
+        **medians,
+        "ratio": medians["grow_seconds"] / medians["copy_seconds"],
+        "ratio_synced": medians["grow_synced_seconds"] / medians["copy_synced_seconds"],
+        "rounds": rounds,
+        "hardware": f"{os.cpu_count()} cores {platform.machine()}, {_cpu_name()}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "commit": commit,
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def print_table(rounds: list[dict[str, float]], row: dict[str, object]) -> None:
+    """The rounds, one per line, and the medians' ratios."""
+    print("round  grow s  cp+read s  grow+sync s  cp+read+sync s  peak RssAnon MB")
+    for i, result in enumerate(rounds):
+        print(
+            f"{i:5d}  {result['grow_seconds']:6.2f}  {result['copy_seconds']:9.2f}  {result['grow_synced_seconds']:11.2f}"
+            f"  {result['copy_synced_seconds']:14.2f}  {result['peak_anonymous_bytes'] / 1e6:15.0f}"
+        )
+    print(f"growing takes {row['ratio']:.2f} x cp + read ({row['ratio_synced']:.2f} x with sync), medians")
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+if __name__ == "__main__":
+    main()
