@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -22,8 +22,6 @@ from raygrow.data.sources import DataConfig
 from raygrow.evaluate.record import commit, versions
 from raygrow.nn.config import ModelConfig
 from raygrow.train.config import PlanConfig, TrainConfig
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,24 +102,19 @@ def _contradictions(run: RunConfig) -> Iterable[str]:
             )
 
 
-def build(cls: type[T], tree: Any, path: str = "") -> T:
-    """Turn a tree of plain values into the dataclass `cls`, strictly.
+def build(hint: Any, tree: Any, path: str = "") -> Any:
+    """Turn a tree of plain values into a dataclass, strictly.
 
     Numbers written as text are read (`1e-3`); a union of dataclasses is told apart by its tag (`operator:`, `kind:`).
 
     Args:
-        cls: A dataclass.
+        hint: A dataclass, a union of dataclasses, or any other type that one of their fields is annotated with.
         tree: Nested mappings, lists and plain values, as YAML gives them.
         path: The dotted key under which `tree` stands, for messages.
 
     Raises:
         ValueError: If a key is unknown or missing, or a value is not allowed; names the key and the value.
     """
-    return _build(cls, tree, path)
-
-
-def _build(hint: Any, tree: Any, path: str) -> Any:
-    """Build a value of any annotated type: dataclasses and containers of them here, plain values by pydantic."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build_dataclass(hint, tree, path)
     arguments = typing.get_args(hint)
@@ -129,10 +122,10 @@ def _build(hint: Any, tree: Any, path: str) -> Any:
     if _is_union(hint) and members:
         if tree is None and type(None) in arguments:
             return None
-        return _build(_member(members, tree, path), tree, path)
+        return build(_member(members, tree, path), tree, path)
     if typing.get_origin(hint) is dict and members:
         _require_mapping(tree, path)
-        return {str(key): _build(arguments[1], value, _join(path, key)) for key, value in tree.items()}
+        return {str(key): build(arguments[1], value, _join(path, key)) for key, value in tree.items()}
     try:
         return _adapter(hint).validate_python(tree)
     except ValidationError as error:
@@ -151,7 +144,7 @@ def _build_dataclass(cls: Any, tree: Any, path: str) -> Any:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in tree:
             raise ValueError(f"{_join(path, name)} is missing: it has no default, so give it a value")
-    values = {key: _build(hints[key], value, _join(path, key)) for key, value in tree.items()}
+    values = {key: build(hints[key], value, _join(path, key)) for key, value in tree.items()}
     try:
         return cls(**values)
     except ValueError as error:

@@ -1,0 +1,246 @@
+"""What each `raygrow` command does. A function's docstring is the command's help.
+
+Imports of torch and Ray wait inside the functions, so that help and arithmetic answer at once.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Argument = tuple[str, dict[str, Any]]
+COMMANDS: list[tuple[Callable[..., int], tuple[Argument, ...]]] = []
+"""Every command's function, which gives it its name and help, and the arguments it takes."""
+
+
+def _argument(name: str, text: str, **options: Any) -> Argument:
+    default = f" (default: {options['default']})" if options.get("default") else ""
+    return name, {"help": text + default, **options}
+
+
+def _command(*arguments: Argument) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    def register(run: Callable[..., int]) -> Callable[..., int]:
+        COMMANDS.append((run, arguments))
+        return run
+
+    return register
+
+
+MODEL = _argument("model", "model folder, or a finished run", type=Path, metavar="MODEL")
+TARGET = _argument("target", "folder to write", type=Path, metavar="OUT")
+SETTINGS = {"nargs": "*", "metavar": "KEY=VALUE"}
+
+
+@_command(_argument("settings", "a group's file (data=files) or one value (data.path=data/mine)", **SETTINGS))
+def prepare(tree: dict[str, Any]) -> int:
+    """Turn text into token shards.
+
+    Reads a corpus, trains a tokenizer (or takes a finished one), drops exact duplicates, sets documents aside for
+    validation, and writes shards with a manifest to the folder `data.path`.
+
+    Examples:
+      raygrow prepare                                              Python's standard library
+      raygrow prepare data.roots=site-packages                     and every installed package
+      raygrow prepare data=files data.files='texts/**/*.txt'       your own text, jsonl or parquet
+      raygrow prepare data=dataset data.dataset=FOLDER_OR_NAME     what `datasets` loads
+      raygrow prepare data=files data.files=big.parquet data.engine=ray            more than fits in memory
+      raygrow prepare data=files data.files=a.jsonl data.tokenizer.path=FOLDER     with a finished tokenizer
+      raygrow prepare --cfg job                                    print the settings, do nothing
+    """
+    from raygrow.config import build
+    from raygrow.data.sources import DataConfig
+    from raygrow.runtime.data import prepare_data
+    from raygrow.runtime.progress import progress_bar
+
+    config: DataConfig = build(DataConfig, tree["data"], "data")
+    with progress_bar("text") as progress:
+        manifest = prepare_data(config, progress=progress)
+    for name, split in manifest.splits.items():
+        print(f"{config.path}  {name:<10} {split.documents:>9,} documents  {split.tokens:>13,} tokens")
+    return 0
+
+
+@_command(_argument("settings", "a group's file (plan=gstack) or one value (train.seq_len=1024)", **SETTINGS))
+def train(tree: dict[str, Any]) -> int:
+    """Train a model by a plan.
+
+    Trains `model` by `plan` on Ray Train and writes the run's folder, <storage_path>/<name>. Started again under the
+    same name, it goes on where it stopped.
+
+    Examples:
+      raygrow train model=decoder/llama/tiny plan=gstack           what is trained when nothing is said
+      raygrow train control=true workers.num=2                     also from scratch, on two workers
+      raygrow train plan.phases.stacked.growth.factor=2            stack twice instead of four times
+      raygrow train dry_run=true                                   parameters, FLOPs, memory, phases; trains nothing
+      raygrow train --cfg job                                      print the settings, do nothing
+      raygrow train --multirun plan=gstack,scratch                 one after the other
+      raygrow train --multirun train.optimizer.lr=1e-3,2e-3 'name=lr-${train.optimizer.lr}'
+      raygrow train --config-name quickstart                       what `make quickstart` runs
+      ray job submit --working-dir . -- python jobs/train.py model=decoder/llama/1b workers.num=8
+    """
+    from raygrow.config import RunConfig, build
+
+    run: RunConfig = build(RunConfig, tree)
+    if run.dry_run:
+        from raygrow.train.dry_run import describe
+        from raygrow.train.plan import resolve
+
+        print(describe(resolve(run.plan, run.model, run.train), run.train, workers=run.workers.most))
+        return 0
+    from raygrow.runtime.train import train
+
+    return train(run)
+
+
+@_command(MODEL, TARGET, _argument("settings", "operator=gstack and its settings", **SETTINGS))
+def grow(parsed: argparse.Namespace) -> int:
+    """Grow a model folder.
+
+    Takes raygrow's model folders and Hugging Face Llamas, and writes the same kind. Works tensor by tensor: the model
+    is never in memory, whatever its size.
+
+    Examples:
+      raygrow grow models/small models/big operator=gstack factor=2
+    """
+    import yaml
+
+    from raygrow.config import build
+    from raygrow.growth.folder import grow_folder
+    from raygrow.growth.operator import GrowthConfig
+    from raygrow.runtime.progress import progress_bar
+
+    if wrong := [word for word in parsed.settings if "=" not in word]:
+        raise ValueError(f"{wrong[0]!r}: expected key=value, for instance factor=2")
+    settings = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in parsed.settings)}
+    operator: GrowthConfig = build(GrowthConfig, settings)
+    with progress_bar("growing") as progress:
+        summary = grow_folder(_model_folder(parsed.model), parsed.target, operator, progress=progress)
+    (blocks, grown_blocks), (parameters, grown_parameters) = summary["n_blocks"], summary["parameters"]
+    print(
+        f"{parsed.target}: {blocks} -> {grown_blocks} blocks, {parameters:,} -> {grown_parameters:,} parameters, "
+        f"{summary['seconds']:.1f} s"
+    )
+    return 0
+
+
+@_command(
+    _argument("--params", "non-embedding parameters of the target, e.g. 7e9", type=float, required=True, metavar="N"),
+    _argument("--tokens", "tokens of the run, e.g. 2e12", type=float, required=True, metavar="D"),
+    _argument("--factor", "how many times deeper than the base the target is", type=int, default=4),
+)
+def timing(parsed: argparse.Namespace) -> int:
+    """When to grow.
+
+    How many tokens to train the base on before stacking it: log10(d) = 0.88 log10(N) + 163.27 / log10(C) - 5.74, with
+    N non-embedding parameters of the final model and C = 6 N D FLOPs (arXiv 2405.15319).
+
+    Examples:
+      raygrow timing --params 7e9 --tokens 2e12
+    """
+    from raygrow.growth.timing import describe, growth_timing
+
+    print(describe(growth_timing(parsed.params, parsed.tokens, factor=parsed.factor)))
+    return 0
+
+
+@_command(
+    MODEL,
+    _argument("--data", "folder of prepared data", type=Path, required=True),
+    _argument("--sequences", "how many to score; 0 is all", type=int, default=0),
+)
+def evaluate(parsed: argparse.Namespace) -> int:
+    """Loss, perplexity and bits per byte.
+
+    Scores a model on the validation split of prepared data, and prints the result with all that is needed to get it
+    again as JSON.
+
+    Examples:
+      raygrow evaluate runs/tiny-gstack --data data/python_source
+      raygrow evaluate models/llama --data data/mine --sequences 100
+    """
+    from raygrow.evaluate.perplexity import evaluate_model
+    from raygrow.runtime.progress import progress_bar
+
+    with progress_bar("sequences") as progress:
+        record = evaluate_model(_model_folder(parsed.model), parsed.data, sequences=parsed.sequences, progress=progress)
+    print(record.to_json(), end="")
+    return 0
+
+
+@_command(MODEL, TARGET, _argument("--format", "whose format", choices=("hf", "raygrow"), default="hf"))
+def export(parsed: argparse.Namespace) -> int:
+    """Write a model as a folder for other programs.
+
+    Examples:
+      raygrow export runs/tiny-gstack out --format hf       opens with transformers' AutoModelForCausalLM
+      raygrow export models/llama out --format raygrow      a Hugging Face Llama as raygrow's own folder
+    """
+    from raygrow.weights.folder import open_folder, write_folder
+
+    folder = open_folder(_model_folder(parsed.model))
+    write_folder(
+        parsed.target,
+        folder.config,
+        folder.tensors.items(),
+        format=parsed.format,
+        tokenizer_from=folder.path,
+        settings=folder.settings if folder.format == parsed.format == "hf" else None,
+    )
+    print(parsed.target)
+    return 0
+
+
+@_command(
+    _argument("runs", "run folder", type=Path, nargs="+", metavar="RUN"),
+    _argument("--out", "folder to write to; the first run's when not given", type=Path),
+)
+def report(parsed: argparse.Namespace) -> int:
+    """Loss against FLOPs, growth checks, and who won.
+
+    Writes report.html and loss.png about one run or several, finished or not, and prints the verdict. The control of
+    a run is added by itself.
+
+    Examples:
+      raygrow report runs/tiny-gstack
+      raygrow report runs/factor-2 runs/factor-4 --out compared
+    """
+    from raygrow.report.html import write_report
+    from raygrow.report.text import print_summary
+
+    file = write_report(parsed.runs, parsed.out or parsed.runs[0])
+    print_summary(parsed.runs)
+    print(file)
+    return 0
+
+
+@_command(
+    MODEL,
+    _argument("--prompt", "text to continue; a new document when not given", default=""),
+    _argument("--tokens", "tokens to add at most", type=int, default=200),
+    _argument("--temperature", "0 takes the likeliest token", type=float, default=0.8),
+    _argument("--top-p", "share of likely tokens to draw from", type=float, default=0.95),
+    _argument("--seed", "the same seed gives the same text", type=int, default=0),
+)
+def generate(parsed: argparse.Namespace) -> int:
+    """Continue a prompt.
+
+    Examples:
+      raygrow generate runs/tiny-gstack --prompt "def "
+      raygrow generate models/llama --prompt "Once" --tokens 50 --temperature 0
+    """
+    from raygrow.evaluate.generate import SamplingConfig, generate_text
+
+    sampling = SamplingConfig(
+        max_new_tokens=parsed.tokens, temperature=parsed.temperature, top_p=parsed.top_p, seed=parsed.seed
+    )
+    print(parsed.prompt + generate_text(_model_folder(parsed.model), parsed.prompt, sampling))
+    return 0
+
+
+def _model_folder(path: Path) -> Path:
+    """The folder itself, or the model of a finished run."""
+    if not (path / "run.yaml").exists():
+        return path
+    if not (path / "model").exists():
+        raise FileNotFoundError(f"{path}: this run has no finished model yet; start it again to go on")
+    return path / "model"
