@@ -28,7 +28,8 @@ raygrow pre-trains language models by growth: train a small one, grow it, go on 
   by hand   raygrow grow SMALL BIG operator=gstack factor=2   grow any model folder
   plan      raygrow timing --params 7e9 --tokens 2e12         when to grow
 
-`raygrow COMMAND --help` explains one, with examples. RAYGROW_TRACEBACK=1 shows where an error came from.
+`raygrow COMMAND --help` explains one, with examples. RAYGROW_TRACEBACK=1 shows where an error came from,
+`raygrow --version` what is installed.
 """
 
 GROUPS = ("model", "data", "plan", "train")
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
         print(OVERVIEW, end="")
+        return 0
+    if words == ["--version"]:
+        print(f"raygrow {metadata.version('raygrow')}")
         return 0
     composed = words[0] in ("prepare", "train") and not {"-h", "--help"} & set(words)
     parsed = _parser().parse_args(words[:1] if composed else words)
@@ -76,7 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="raygrow", usage="raygrow COMMAND ...", description=OVERVIEW, formatter_class=_Formatter
     )
-    parser.add_argument("--version", action="version", version=f"raygrow {metadata.version('raygrow')}")
     commands = parser.add_subparsers(prog="raygrow", metavar="COMMAND", required=True)
     for run, arguments in COMMANDS:
         explained = inspect.getdoc(run) or ""
