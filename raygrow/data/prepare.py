@@ -17,13 +17,21 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from raygrow.data.shards import TOKENIZER_FOLDER, Manifest, ShardWriter, SplitInfo, check_tokenizer, load_manifest
+from raygrow.data.shards import (
+    MANIFEST_FILE,
+    TOKENIZER_FOLDER,
+    Manifest,
+    ShardWriter,
+    SplitInfo,
+    check_tokenizer,
+    load_manifest,
+)
 from raygrow.data.sources import DataConfig, Progress, list_parts, read_documents, silent
 from raygrow.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 8_000_000
+BATCH_BYTES = 4_000_000
 """Text tokenized at a time: enough to keep every core busy."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -68,7 +76,7 @@ def prepare(config: DataConfig, *, progress: Progress = silent, engine: Engine |
         OSError: If the disk fills up. Nothing is left under `config.path` then.
     """
     folder = Path(config.path)
-    if folder.exists():
+    if folder.is_dir() and any(folder.iterdir()):
         return _finished(config)
     tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
     with _written_aside(folder) as aside:
@@ -179,7 +187,7 @@ def _write_split(writer: ShardWriter, documents: Documents, tokenizer: Tokenizer
         writer.write(batch.tokens)
         n_documents, n_bytes = n_documents + batch.documents, n_bytes + batch.bytes
         n_tokens += len(batch.tokens)
-        progress(n_documents, len(documents), "documents tokenized")
+        progress(n_documents, len(documents), f"{writer.split} documents tokenized")
     return SplitInfo(documents=n_documents, bytes=n_bytes, tokens=n_tokens, shards=writer.finish())
 
 
@@ -190,6 +198,8 @@ def _settings(config: DataConfig) -> dict[str, Any]:
 
 def _finished(config: DataConfig) -> Manifest:
     """The manifest of a folder that is there already, if it is what the config asks for."""
+    if not (Path(config.path) / MANIFEST_FILE).exists():
+        raise ValueError(f"data.path={config.path}: other files are in this folder; name one that is empty or new")
     manifest = load_manifest(config.path)
     wanted = {key: list(value) if isinstance(value, tuple) else value for key, value in _settings(config).items()}
     changed = [key for key in wanted if manifest.settings.get(key) != wanted[key]]

@@ -103,7 +103,7 @@ class ShardWriter:
     """Writes one split's tokens into shards of equal size, hashing them on the way. Close it with `finish`."""
 
     def __init__(self, folder: Path, split: str, *, dtype: np.dtype, shard_tokens: int) -> None:
-        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._folder, self.split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._shards: list[Shard] = []
         self._file: BinaryIO | None = None
         self._room = 0
@@ -131,7 +131,7 @@ class ShardWriter:
 
     def _open_next(self) -> None:
         self.finish()
-        self._file = (self._folder / f"{self._split}-{len(self._shards):05d}.bin").open("wb")
+        self._file = (self._folder / f"{self.split}-{len(self._shards):05d}.bin").open("wb")
         self._hash = hashlib.sha256()
         self._room = self._shard_tokens
 

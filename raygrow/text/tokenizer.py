@@ -41,12 +41,17 @@ class Tokenizer:
             raise ValueError(f"{origin}: {TOKENIZER_FILE} or {SETTINGS_FILE} cannot be read ({error})") from error
         self._backend.no_truncation()  # a folder may carry the limits of the model that it was made for
         self._backend.no_padding()
+        self._backend.encode_special_tokens = True  # a text that spells out a special token is still only text
         self.eos_id = _end_id(self._backend, settings, origin)
         """Id of the token that ends every document."""
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         """One more than the largest id: the rows that an embedding needs."""
         self.sha256 = hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()
         """Identity of the tokenizer: the hash of its `tokenizer.json`."""
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[dict[str, bytes]]]:
+        """Pickles the files: the backend by itself would forget what was set on it."""
+        return Tokenizer, (self._files,)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, no special tokens added."""
