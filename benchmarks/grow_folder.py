@@ -2,8 +2,8 @@
 
     python benchmarks/grow_folder.py [--folder /tmp] [--rounds 3]
 
-Each round times, one right after the other and with warm caches, `cp` of a file of the output's size, reading the input,
-and growing in a process of its own whose anonymous memory (RssAnon) is sampled. A time is taken twice: when the work
+Each round times, one right after the other and with warm caches, `cp` of a file of the output's size, reading the
+input, and growing in a process of its own whose anonymous memory (RssAnon) is sampled. A time is taken twice: when the work
 returns, and when everything written is on the disk (`sync`), for both sides alike. Needs about 11 GB of disk.
 """
 
@@ -161,8 +161,8 @@ def print_table(rounds: list[dict[str, float]], row: dict[str, object]) -> None:
     print("round  grow s  cp+read s  grow+sync s  cp+read+sync s  peak RssAnon MB")
     for i, result in enumerate(rounds):
         print(
-            f"{i:5d}  {result['grow_seconds']:6.2f}  {result['copy_seconds']:9.2f}  {result['grow_synced_seconds']:11.2f}"
-            f"  {result['copy_synced_seconds']:14.2f}  {result['peak_anonymous_bytes'] / 1e6:15.0f}"
+            f"{i:5d}  {result['grow_seconds']:6.2f}  {result['copy_seconds']:9.2f}"
+            f"  {result['grow_synced_seconds']:11.2f}  {result['copy_synced_seconds']:14.2f}  {result['peak_anonymous_bytes'] / 1e6:15.0f}"
         )
     print(f"growing takes {row['ratio']:.2f} x cp + read ({row['ratio_synced']:.2f} x with sync), medians")
 
