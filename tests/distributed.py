@@ -13,10 +13,13 @@ import torch.multiprocessing as mp
 def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any) -> list[Any]:
     """Calls `function(*arguments)` in `workers` processes joined by gloo; returns what each gave back, by rank.
 
-    The function must be importable (defined at the top of a test module).
+    One worker is this process. The function must be importable (defined at the top of a test module).
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, args=(workers, folder, function, arguments), nprocs=workers)
+        if workers == 1:
+            _enter(0, 1, folder, function, arguments)
+        else:
+            mp.spawn(_enter, args=(workers, folder, function, arguments), nprocs=workers)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(workers)]
 
 

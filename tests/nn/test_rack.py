@@ -1,0 +1,103 @@
+"""The model computes what its parts say, and costs what nn/cost.py predicts."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from raygrow.nn import cost
+from raygrow.nn.attention import full_attention
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.init import init_weights
+from raygrow.nn.rack import Rack
+
+BASE: dict = {"vocab_size": 97, "d_model": 48, "n_heads": 4, "d_ff": 80, "n_stacks": 2, "blocks_per_stack": 2}
+VARIANTS = {
+    "plain": {},
+    "gqa": {"n_kv_heads": 2},
+    "tied": {"tie_embeddings": True},
+    "gelu": {"mlp": "gelu", "norm": "layernorm"},
+    "biases": {"attention_bias": True, "mlp_bias": True, "mlp": "gelu"},
+    "qk_norm": {"qk_norm": True, "head_dim": 16},
+    "bidirectional": {"attention_mode": "bidirectional"},
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def model(request: pytest.FixtureRequest) -> Rack:
+    config = ModelConfig(**BASE, **request.param)
+    rack = Rack(config)
+    init_weights(rack, config, seed=0)
+    return rack
+
+
+def test_parameters_are_as_predicted(model: Rack) -> None:
+    assert sum(parameter.numel() for parameter in model.parameters()) == cost.parameters(model.config)
+
+
+def test_training_flops_are_those_that_torch_counts(model: Rack) -> None:
+    # torch counts attention scores in full, we the causal half: compare without the causal mask
+    model.attend = lambda q, k, v: full_attention(q, k, v, causal=False)
+    config = ModelConfig(**vars(model.config) | {"attention_mode": "bidirectional"})
+    tokens = torch.randint(0, config.vocab_size, (2, 32))
+    # of the attention backends, torch's counter sees into this one only
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens).sum().backward()
+    predicted = cost.training_flops_per_token(config, 32) * tokens.numel()
+    assert counter.get_total_flops() == pytest.approx(predicted, rel=0.01)
+
+
+def test_loss_and_gradients_equal_those_of_full_logits(model: Rack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raygrow.nn.loss.LOGIT_BYTES", 97 * 8 * 5)  # chunks of 5 tokens, the last one shorter
+    tokens, targets = torch.randint(0, 97, (2, 2, 16))
+    targets[0, :3] = -100
+    model = model.double()
+    reference = copy.deepcopy(model)
+    loss = model(tokens, targets)
+    expected = torch.nn.functional.cross_entropy(reference(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
+    (loss * 3).backward()
+    (expected * 3).backward()
+    torch.testing.assert_close(loss, expected)
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_later_tokens_are_hidden_only_when_causal(model: Rack) -> None:
+    tokens = torch.randint(0, 97, (1, 12))
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 97
+    same = torch.allclose(model(tokens)[0, :-1], model(changed)[0, :-1], atol=1e-6)
+    assert same == (model.config.attention_mode == "causal")
+
+
+def test_regrouping_renames_nothing() -> None:
+    config = ModelConfig(**BASE)
+    one, four = Rack(config.regrouped(1)), Rack(config.regrouped(4))
+    assert list(one.state_dict()) == list(four.state_dict())
+    assert [len(stack.blocks) for stack in four.stacks] == [1, 1, 1, 1]
+
+
+def test_initial_weights_depend_on_name_and_seed_alone() -> None:
+    config = ModelConfig(**BASE)
+    small, large = (Rack(c) for c in (config, ModelConfig(**BASE | {"vocab_size": 101})))
+    for rack in (small, large):
+        init_weights(rack, rack.config, seed=3)
+    assert torch.equal(small.blocks[1].attention.q.weight, large.blocks[1].attention.q.weight)
+    assert not torch.equal(small.blocks[1].attention.q.weight, small.blocks[0].attention.q.weight)
+    assert small.blocks[0].attention.o.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_heads": 5}, "d_model=48 is not a multiple of n_heads=5"),
+        ({"n_kv_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
+        ({"d_ff": 0}, "d_ff=0"),
+        ({"head_dim": 7}, "head_dim=7"),
+    ],
+)
+def test_impossible_shapes_are_named(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**BASE | change)

@@ -1,0 +1,109 @@
+"""A plan is resolved from its target backward, and says what is wrong with it."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from raygrow.growth.gstack import Gstack
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.cost import training_flops_per_token
+from raygrow.nn.init import init_weights
+from raygrow.nn.rack import Rack
+from raygrow.train.config import PhaseConfig, PlanConfig, ScheduleConfig, TrainConfig
+from raygrow.train.dry_run import describe
+from raygrow.train.plan import resolve, scratch_plan
+from raygrow.train.schedule import learning_rate
+from raygrow.weights.folder import write_folder
+
+TARGET = ModelConfig(vocab_size=512, d_model=64, n_heads=4, d_ff=128, blocks_per_stack=12, max_seq_len=64)
+TRAIN = TrainConfig(seq_len=64, batch_size=8)
+
+
+def plan(**phases: PhaseConfig) -> PlanConfig:
+    return PlanConfig(tokens=1e6, phases=phases)
+
+
+def test_models_follow_from_the_target() -> None:
+    phases = resolve(
+        plan(
+            base=PhaseConfig(share=0.05),
+            twice=PhaseConfig(share=0.1, growth=Gstack(factor=2)),
+            large=PhaseConfig(growth=Gstack(factor=3)),
+        ),
+        TARGET,
+        TRAIN,
+    )
+    assert [phase.model.n_blocks for phase in phases] == [2, 4, 12]
+    assert phases[2].model.regrouped(1) == TARGET
+    assert phases[1].source == phases[0].model
+
+
+def test_every_phase_is_paid_from_the_budget() -> None:
+    phases = resolve(plan(base=PhaseConfig(share=0.05), stacked=PhaseConfig(growth=Gstack(factor=4))), TARGET, TRAIN)
+    budget = 1e6 * training_flops_per_token(TARGET, TRAIN.seq_len)
+    assert phases[0].flops == pytest.approx(0.05 * budget, rel=0.02)
+    assert phases[0].flops + phases[1].flops == pytest.approx(budget, rel=0.002)
+    assert phases[1].flops_before == phases[0].flops
+    (control,) = resolve(scratch_plan(phases), TARGET, TRAIN)
+    assert control.flops == pytest.approx(budget, rel=0.002)
+    assert control.model == TARGET
+
+
+def test_a_base_is_grown_at_its_peak_learning_rate() -> None:
+    phases = resolve(plan(base=PhaseConfig(share=0.05), stacked=PhaseConfig(growth=Gstack(factor=4))), TARGET, TRAIN)
+    last = [learning_rate(p.steps - 1, steps=p.steps, peak=p.lr, schedule=p.schedule) for p in phases]
+    assert last == [pytest.approx(1e-3), pytest.approx(0, abs=1e-9)]
+
+
+def test_data_goes_on_where_the_phase_before_stopped() -> None:
+    phases = resolve(
+        plan(base=PhaseConfig(steps=3, seq_len=32), stacked=PhaseConfig(growth=Gstack(factor=4))), TARGET, TRAIN
+    )
+    assert phases[1].tokens_before == 3 * 8 * 32
+    assert phases[1].first_sample * 64 >= phases[1].tokens_before
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine"])
+def test_schedules_warm_up_and_decay(kind: str) -> None:
+    schedule = ScheduleConfig(kind=kind, warmup_steps=10, decay=0.5, final_ratio=0.1)
+    rates = [learning_rate(step, steps=100, peak=2.0, schedule=schedule) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[9] == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(later <= earlier for earlier, later in pairwise(rates[9:]))
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ({"base": PhaseConfig(share=0.1), "x": PhaseConfig(growth=Gstack(factor=5))}, r"plan\.phases\.x\.growth.*5"),
+        ({"x": PhaseConfig(growth=Gstack(factor=2))}, "the first phase has no model to grow"),
+        ({"base": PhaseConfig(share=0.1, steps=3)}, "sets share and steps"),
+        ({"base": PhaseConfig(share=1.01), "x": PhaseConfig(growth=Gstack(factor=2))}, "would never run"),
+        ({"base": PhaseConfig(share=0.7), "x": PhaseConfig(share=0.7, growth=Gstack(factor=2))}, "add up to"),
+        ({"base": PhaseConfig(tokens=3)}, "less than one step"),
+        ({"base": PhaseConfig(seq_len=48)}, "does not divide"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_names_the_phase(phases: dict[str, PhaseConfig], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(plan(**phases), TARGET, TRAIN)
+
+
+def test_a_phase_may_start_from_a_model_folder(tmp_path: Path) -> None:
+    small = Gstack(factor=4).shrink(TARGET)
+    rack = Rack(small)
+    init_weights(rack, small, seed=0)
+    folder = write_folder(tmp_path / "small", small, rack.state_dict().items())
+    phase = PhaseConfig(init=str(folder), growth=Gstack(factor=4))
+    assert resolve(plan(grown=phase), TARGET, TRAIN)[0].source == small
+    with pytest.raises(ValueError, match="blocks"):
+        resolve(plan(grown=PhaseConfig(init=str(folder), growth=Gstack(factor=2))), TARGET, TRAIN)
+
+
+def test_a_dry_run_builds_and_grows_every_phase() -> None:
+    phases = resolve(plan(base=PhaseConfig(share=0.05), stacked=PhaseConfig(growth=Gstack(factor=4))), TARGET, TRAIN)
+    text = describe(phases, TRAIN, workers=2)
+    assert "gstack (factor 4)" in text
+    assert f"{sum(p.numel() for p in Rack(TARGET).parameters()):,}" in text
