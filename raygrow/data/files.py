@@ -12,7 +12,7 @@ from typing import IO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, pa.ArrowInvalid)
+DAMAGE = (EOFError, OSError, lzma.LZMAError, zlib.error, pa.ArrowInvalid)
 
 
 def read_file(path: Path, *, text_key: str, passage: int) -> Iterator[str]:
@@ -35,9 +35,7 @@ def read_file(path: Path, *, text_key: str, passage: int) -> Iterator[str]:
         with _open_text(path) as lines:
             yield from _read_jsonl(path, lines, text_key) if content.suffix == ".jsonl" else _passages(lines, passage)
     except DAMAGE as error:
-        raise ValueError(f"{path}: the file is cut short or damaged ({error}); fetch it again") from error
-    except OSError as error:
-        if error.errno is not None:
+        if getattr(error, "errno", None) is not None:  # not the file's fault
             raise
         raise ValueError(f"{path}: the file is cut short or damaged ({error}); fetch it again") from error
 

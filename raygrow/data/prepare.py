@@ -174,11 +174,12 @@ def _training_text(config: DataConfig, documents: Documents, progress: Progress)
     """The first documents to train on, as far as a tokenizer should look. Validation text is never among them."""
     total, seen = config.tokenizer.train_bytes, 0
     for text in documents.texts():
+        if seen >= total:
+            break
         yield text
         seen += len(text.encode())
         progress(min(seen, total), total, "bytes for the tokenizer")
-        if seen >= total:
-            return
+    progress(total, total, "bytes for the tokenizer")  # the corpus may be smaller
 
 
 def _write_split(writer: ShardWriter, documents: Documents, tokenizer: Tokenizer, progress: Progress) -> SplitInfo:

@@ -162,7 +162,7 @@ def _python_files(roots: tuple[str, ...]) -> list[str]:
             if folder == stdlib:
                 children[:] = [child for child in children if child not in PACKAGE_FOLDERS]
             files.update(os.path.abspath(os.path.join(parent, name)) for name in names if name.endswith(".py"))
-    return sorted(files)
+    return sorted(filter(os.path.isfile, files))  # a link may lead nowhere
 
 
 def _matching_files(patterns: tuple[str, ...]) -> list[str]:

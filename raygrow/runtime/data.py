@@ -98,14 +98,14 @@ class RayDocuments:
     def tokenize(self, tokenizer: Tokenizer) -> Iterator[TokenBatch]:
         """The documents' tokens, in the same order."""
 
-        def encode(batch: Any) -> pa.Table:
+        def encode(batch: pa.Table) -> pa.Table:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core, and the others their own tasks
-            texts = batch["text"].tolist()
+            texts = batch["text"].to_pylist()
             tokens = tokenize_texts(texts, tokenizer)
             size = sum(len(text.encode()) for text in texts)
             return pa.table({"tokens": [tokens.tobytes()], "documents": [len(texts)], "bytes": [size]})
 
-        for row in self._rows.map_batches(encode, batch_size=TOKENIZE_ROWS).iter_rows():
+        for row in self._rows.map_batches(encode, batch_format="pyarrow", batch_size=TOKENIZE_ROWS).iter_rows():
             yield TokenBatch(np.frombuffer(row["tokens"], dtype=np.uint32), row["documents"], row["bytes"])
 
 

@@ -127,6 +127,14 @@ def test_file_cut_short_is_named(ending: str, tmp_path: Path) -> None:
         read(files(path))
 
 
+def test_parquet_cut_short_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"a\.parquet: .*cut short or damaged"):
+        read(files(path))
+
+
 def test_what_is_not_there_or_not_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file matches .*\.md"):
         read(files(tmp_path / "*.md"))

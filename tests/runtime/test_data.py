@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray")]
 @pytest.fixture
 def corpus(tmp_path: Path) -> FilesCorpus:
     for number in range(60):
-        (tmp_path / f"{number:02d}.txt").write_text(f"document {number % 11}: \u00fc {END_OF_TEXT}\n" * 30)
+        (tmp_path / f"{number:02d}.txt").write_text(f"document {number % 11}: \u00fc {END_OF_TEXT}\n" * 30 + "\0")
     return FilesCorpus(
         path=str(tmp_path / "local"),
         files=str(tmp_path / "*.txt"),
