@@ -4,13 +4,9 @@ Documents are ordered by the hash of their text. That shuffles them, decides whi
 duplicates side by side, and makes the result the same however many processes did the work.
 """
 
-import errno
 import hashlib
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,12 +24,12 @@ from raygrow.data.shards import (
 )
 from raygrow.data.sources import DataConfig, Progress, list_parts, read_documents, silent
 from raygrow.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from raygrow.weights.atomic import new_folder
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 4_000_000
 """Text tokenized at a time: enough to keep every core busy."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TokenBatch(NamedTuple):
@@ -79,7 +75,7 @@ def prepare(config: DataConfig, *, progress: Progress = silent, engine: Engine |
     if folder.is_dir() and any(folder.iterdir()):
         return _finished(config)
     tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
-    with _written_aside(folder) as aside:
+    with new_folder(folder, replace=folder.is_dir()) as aside:
         splits = (engine or read_corpus)(config, progress)
         if tokenizer is None:
             tokenizer = train_tokenizer(_training_text(config, splits["train"], progress), config.tokenizer.vocab_size)
@@ -214,23 +210,3 @@ def _finished(config: DataConfig) -> Manifest:
         check_tokenizer(manifest, load_tokenizer(config.tokenizer.path), name=config.tokenizer.path)
     log.info("%s is already prepared", config.path)
     return manifest
-
-
-@contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name once everything is written and vanishes otherwise."""
-    aside = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        aside.rename(folder)
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise OSError(
-                error.errno,
-                f"{os.strerror(error.errno)}, while writing the data of {folder}. "
-                "Nothing was kept; free some space or set data.path to another disk",
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -1,10 +1,13 @@
 """Folders that appear under their name only when they are complete."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -17,7 +20,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: If `path` is there already and `replace` is not set.
-        OSError: If writing failed (a full disk, say); the message names `path`.
+        OSError: If the disk is full; the message names `path`. Other errors of the block pass as they are.
     """
     if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already: remove it or choose another name")
@@ -34,6 +37,9 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         else:
             os.rename(aside, path)
     except OSError as error:
-        raise OSError(f"{path} could not be written, nothing is left of it: {error}") from error
+        if error.errno not in DISK_FULL:
+            raise
+        reason = f"{os.strerror(error.errno)}: {path} could not be written, nothing is left of it; free some space"
+        raise OSError(error.errno, reason) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
