@@ -3,8 +3,9 @@
     python benchmarks/grow_folder.py [--folder /tmp] [--rounds 3]
 
 Each round times, one right after the other and with warm caches, `cp` of a file of the output's size, reading the
-input, and growing in a process of its own whose anonymous memory (RssAnon) is sampled. A time is taken twice: when the work
-returns, and when everything written is on the disk (`sync`), for both sides alike. Needs about 11 GB of disk.
+input, and growing in a process of its own whose anonymous memory (RssAnon) is sampled. A time is taken twice: when the
+work returns, and when everything written is on the disk (`sync`), for both sides alike. CPU seconds are given too: they
+hardly change when the machine is busy with other work. Needs about 11 GB of disk.
 """
 
 import argparse
@@ -32,10 +33,12 @@ TINY_LLAMA = ModelConfig(
     vocab_size=32_000, d_model=2048, n_heads=32, n_kv_heads=4, d_ff=5632, n_stacks=1, blocks_per_stack=22
 )
 GROW = """
-import json, sys
+import json, sys, time
 from raygrow.growth.folder import grow_folder
 from raygrow.growth.gstack import Gstack
-print(json.dumps(grow_folder(sys.argv[1], sys.argv[2], Gstack(factor=2))))
+start = time.process_time()
+summary = grow_folder(sys.argv[1], sys.argv[2], Gstack(factor=2))
+print(json.dumps(summary | {"cpu_seconds": time.process_time() - start}))
 """
 SAMPLE_SECONDS = 0.005
 
@@ -81,6 +84,8 @@ def measure(work: Path, rounds: int) -> list[dict[str, float]]:
                 "copy_seconds": copied["returned"] + read["returned"],
                 "grow_synced_seconds": grown["synced"] - start_up,
                 "copy_synced_seconds": copied["synced"] + read["returned"],
+                "grow_cpu_seconds": result["cpu_seconds"],
+                "copy_cpu_seconds": copied["cpu"] + read["cpu"],
                 "start_up_seconds": start_up,
                 "peak_anonymous_bytes": result["peak_anonymous_bytes"],
                 "bytes_written": bytes_written,
@@ -97,7 +102,7 @@ def random_tensors() -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def grow(source: Path, target: Path) -> dict[str, float]:
-    """Grows in a process of its own; its seconds and its peak of anonymous memory."""
+    """Grows in a process of its own; its seconds, CPU seconds and peak of anonymous memory."""
     process = subprocess.Popen([sys.executable, "-c", GROW, source, target], stdout=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:
@@ -106,7 +111,8 @@ def grow(source: Path, target: Path) -> dict[str, float]:
     output = process.communicate()[0]
     if process.returncode:
         raise SystemExit(f"growing failed with exit code {process.returncode}")
-    return {"seconds": json.loads(output)["seconds"], "peak_anonymous_bytes": peak}
+    summary = json.loads(output)
+    return {"seconds": summary["seconds"], "cpu_seconds": summary["cpu_seconds"], "peak_anonymous_bytes": peak}
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -124,13 +130,14 @@ def read_through(file: Path) -> None:
 
 
 def timed(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds until the work returns, and until what it wrote is on the disk."""
+    """Seconds until the work returns, until what it wrote is on the disk, and CPU seconds with child processes."""
     os.sync()
+    cpu_start = sum(os.times()[:4])
     start = time.perf_counter()
     work()
-    returned = time.perf_counter() - start
+    returned, cpu = time.perf_counter() - start, sum(os.times()[:4]) - cpu_start
     os.sync()
-    return {"returned": returned, "synced": time.perf_counter() - start}
+    return {"returned": returned, "synced": time.perf_counter() - start, "cpu": cpu}
 
 
 def summarize(rounds: list[dict[str, float]]) -> dict[str, object]:
@@ -142,8 +149,10 @@ def summarize(rounds: list[dict[str, float]]) -> dict[str, object]:
         "model": "1.1B parameters, bf16, Hugging Face folder, gstack factor 2",
         **medians,
         "ratio": medians["grow_seconds"] / medians["copy_seconds"],
+        "ratio_cpu": medians["grow_cpu_seconds"] / medians["copy_cpu_seconds"],
         "ratio_synced": medians["grow_synced_seconds"] / medians["copy_synced_seconds"],
         "rounds": rounds,
+        "load_average": os.getloadavg()[0],
         "hardware": f"{os.cpu_count()} cores {platform.machine()}, {_cpu_name()}",
         "versions": {
             "python": platform.python_version(),
@@ -158,13 +167,22 @@ def summarize(rounds: list[dict[str, float]]) -> dict[str, object]:
 
 def print_table(rounds: list[dict[str, float]], row: dict[str, object]) -> None:
     """The rounds, one per line, and the medians' ratios."""
-    print("round  grow s  cp+read s  grow+sync s  cp+read+sync s  peak RssAnon MB")
-    for i, result in enumerate(rounds):
-        print(
-            f"{i:5d}  {result['grow_seconds']:6.2f}  {result['copy_seconds']:9.2f}"
-            f"  {result['grow_synced_seconds']:11.2f}  {result['copy_synced_seconds']:14.2f}  {result['peak_anonymous_bytes'] / 1e6:15.0f}"
-        )
-    print(f"growing takes {row['ratio']:.2f} x cp + read ({row['ratio_synced']:.2f} x with sync), medians")
+    columns = {
+        "grow s": "grow_seconds",
+        "cp+read s": "copy_seconds",
+        "grow+sync s": "grow_synced_seconds",
+        "cp+read+sync s": "copy_synced_seconds",
+        "grow CPU s": "grow_cpu_seconds",
+        "cp+read CPU s": "copy_cpu_seconds",
+    }
+    print("  ".join(columns), " peak RssAnon MB")
+    for result in rounds:
+        times = [f"{result[key]:{len(title)}.2f}" for title, key in columns.items()]
+        print("  ".join(times), f"{result['peak_anonymous_bytes'] / 1e6:16.0f}")
+    print(
+        f"growing takes {row['ratio']:.2f} x cp + read, {row['ratio_synced']:.2f} x with sync, "
+        f"{row['ratio_cpu']:.2f} x in CPU time (medians)"
+    )
 
 
 def _cpu_name() -> str:
