@@ -4,6 +4,7 @@ A checkpoint is a flat table: `model.<parameter>`, `exp_avg.<parameter>`, `exp_a
 `step.<parameter>`, and `progress.<name>`.
 """
 
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -121,9 +123,14 @@ class AsyncSaver:
         """Waits for the pending checkpoint; returns its folder and step.
 
         Raises:
-            OSError: If it could not be written.
+            OSError: If it could not be written, on every worker; what there was of it is removed.
         """
         assert self._pending is not None, "no checkpoint is pending"
         (future, folder, step), self._pending = self._pending, None
-        future.result()
+        try:
+            future.result()
+        except CheckpointException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
+            raise OSError(f"the checkpoint of step {step} could not be written to {folder}: {causes}") from None
         return folder, step

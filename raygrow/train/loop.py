@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from raygrow.data.sampler import Sampler
 from raygrow.data.shards import open_tokens
@@ -228,8 +227,7 @@ class _PhaseRun:
     def _commit(self) -> str | None:
         try:
             folder, step = self.saver.finish()
-        except CheckpointException as error:
-            causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
-            return f"{self.phase.name}: the checkpoint of step {self.progress.step} could not be written: {causes}"
+        except OSError as error:
+            return f"{self.phase.name}: {error}"
         self.session.commit(folder, step)
         return None

@@ -29,7 +29,7 @@ class Session(Protocol):
         ...
 
     def rewind(self, step: int) -> None:
-        """Forget history of this phase after `step`: it is about to be run again. Called by rank 0."""
+        """Forget all of this phase after `step`, which is about to be run again. Called by rank 0, before any save."""
         ...
 
     def save_verification(self, verification: Record) -> None:
