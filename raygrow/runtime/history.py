@@ -5,6 +5,7 @@ hold up short steps. Checkpoints do.
 """
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -12,46 +13,46 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch.utils.tensorboard import SummaryWriter
 
-from raygrow.runtime.run_folder import RunFolder
-
-FILE = "history.jsonl"
+from raygrow.runtime.run_folder import HISTORY_FILE, RunFolder
 
 
 @ray.remote(num_cpus=0)
 class History:
     """Keeps `history.jsonl`, the TensorBoard curves and the growth records of one run.
 
-    Lives on the driver's node and is the only writer of those files.
+    Lives on the driver's node and is the only writer of those files. A full disk costs lines on disk, not the run:
+    they are kept here and written once there is room.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._lines = folder.read_history()
+        self._is_behind = False
+        self._failure: str | None = None
         self._stop = False
         self._news: list[str] = []
-        local = folder.local
-        self._board = SummaryWriter(str(local / "tensorboard")) if local else None
+        self._board: SummaryWriter | None = None
 
     def append(self, record: dict[str, Any]) -> bool:
         """Adds a line; returns whether the run is asked to stop."""
         self._lines.append(record)
-        local = self._folder.local
-        if local:
-            with (local / FILE).open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        else:
-            self._write_all()
-        for name, value in record.items():
-            if self._board and name not in ("phase", "tokens") and value is not None:
-                self._board.add_scalar(name, value, record["tokens"])
+        try:
+            self._write_line(record)
+        except OSError:
+            self._is_behind = True
         return self._stop
 
     def rewind(self, phase: str, step: int) -> None:
-        """Drops the lines of `phase` after `step`: those steps are about to be run again."""
-        kept = [line for line in self._lines if line["phase"] != phase or line["step"] <= step]
-        if len(kept) < len(self._lines):
-            self._lines = kept
-            self._write_all()
+        """Drops the lines of `phase` after `step`: those steps are about to be run again.
+
+        Every start of a phase comes here first, which also mends a last line that a crash has cut short.
+        """
+        self._lines = [line for line in self._lines if line["phase"] != phase or line["step"] <= step]
+        self._write_all()
+        if local := self._folder.local:
+            self._close_board()
+            first_step = self._lines[-1]["tokens"] + 1 if self._lines else 0
+            self._board = SummaryWriter(str(local / "tensorboard"), purge_step=first_step)
         if step:
             self._news.append(f"{phase}: going on from the checkpoint of step {step}")
 
@@ -63,6 +64,14 @@ class History:
             f"{'verified' if verification['passed'] else 'verification FAILED'}"
         )
 
+    def fail(self, reason: str) -> None:
+        """Takes down an error that every retry would meet again."""
+        self._failure = self._failure or reason
+
+    def failure(self) -> str | None:
+        """Why training is not to be tried again, if so."""
+        return self._failure
+
     def request_stop(self) -> None:
         """Asks training to save a checkpoint and stop."""
         self._stop = True
@@ -72,13 +81,31 @@ class History:
         news, self._news = self._news, []
         return (self._lines[-1] if self._lines else None), news
 
-    def close(self) -> None:
-        """Brings everything to disk."""
-        if self._board:
-            self._board.close()
+    def close(self) -> list[dict[str, Any]]:
+        """Ends the record; returns all lines where the disk does not have them."""
+        self._close_board()
+        return self._lines if self._is_behind else []
+
+    def _write_line(self, record: dict[str, Any]) -> None:
+        local = self._folder.local
+        if self._is_behind or not local:
+            self._write_all()
+        else:
+            with (local / HISTORY_FILE).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if self._board and name not in ("phase", "tokens") and value is not None:
+                self._board.add_scalar(name, value, record["tokens"])
 
     def _write_all(self) -> None:
-        self._folder.write(FILE, "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._folder.write_history(self._lines)
+        self._is_behind = False
+
+    def _close_board(self) -> None:
+        if self._board:
+            with suppress(OSError):  # curves are a copy of history.jsonl
+                self._board.close()
+            self._board = None
 
 
 def open_history(folder: RunFolder) -> ActorHandle:

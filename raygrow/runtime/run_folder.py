@@ -13,6 +13,7 @@ from typing import Any
 
 from pyarrow import fs
 from ray.train import Checkpoint
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from raygrow.config import RunConfig, from_yaml, to_tree, to_yaml
 from raygrow.nn.config import ModelConfig
@@ -22,6 +23,7 @@ from raygrow.train.loop import Outcome
 from raygrow.train.plan import Phase
 from raygrow.weights.folder import write_folder
 
+HISTORY_FILE = "history.jsonl"
 CAN_CHANGE = ("workers", "control", "dry_run", "storage_path")
 """Keys that a run started again may give another value."""
 
@@ -31,12 +33,16 @@ class RunFolder:
     """A folder at `uri`: a local path, or an address such as s3://bucket/runs/name."""
 
     uri: str
+    query: str = ""
+    """What follows the address and says how to reach it, such as ?region=us-east-1."""
 
     @classmethod
     def of(cls, storage_path: str, name: str) -> "RunFolder":
         """The folder of the run `name`; a relative local path is made absolute, since workers change directory."""
-        base = storage_path.rstrip("/") if "://" in storage_path else str(Path(storage_path).expanduser().resolve())
-        return cls(f"{base}/{name}")
+        if "://" not in storage_path:
+            return cls(f"{Path(storage_path).expanduser().resolve()}/{name}")
+        base, mark, query = storage_path.partition("?")
+        return cls(f"{base.rstrip('/')}/{name}", mark + query)
 
     @property
     def local(self) -> Path | None:
@@ -76,7 +82,7 @@ class RunFolder:
     @property
     def phases_uri(self) -> str:
         """Where the phases' Ray Train runs live."""
-        return f"{self.uri}/phases"
+        return f"{self.uri}/phases{self.query}"
 
     def claim(self, run: RunConfig) -> None:
         """Writes run.yaml, or makes sure that the one there is this run's.
@@ -95,6 +101,20 @@ class RunFolder:
                     f"{self.uri} holds a run of another configuration: {key} was {then!r} and is now {value!r}. "
                     "Choose another `name`, or remove that folder to start over"
                 )
+
+    def mend_phase(self, phase: str) -> None:
+        """Removes Ray Train's list of a phase's checkpoints if a crash or a full disk has cut it short.
+
+        Ray writes that file in place, and would refuse to start with a broken one. Checkpoints carry their own mark.
+        """
+        if self.local:
+            file = self.local / "phases" / phase / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+            try:
+                json.loads(file.read_text())
+            except FileNotFoundError:
+                return
+            except ValueError:
+                file.unlink()
 
     def finished_phase(self, phase: str) -> Checkpoint | None:
         """The last checkpoint of a phase that has finished."""
@@ -135,10 +155,14 @@ class RunFolder:
         }
         self.write("summary.json", json.dumps(summary, indent=2))
 
+    def write_history(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Writes history.jsonl anew."""
+        self.write(HISTORY_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+
     def read_history(self) -> list[dict[str, Any]]:
         """The lines of history.jsonl; a last line cut short by a crash is left out."""
         lines = []
-        for line in (self.read("history.jsonl") or "").splitlines():
+        for line in (self.read(HISTORY_FILE) or "").splitlines():
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
@@ -146,7 +170,7 @@ class RunFolder:
         return lines
 
     def _resolve(self, name: str) -> tuple[fs.FileSystem, str]:
-        filesystem, root = fs.FileSystem.from_uri(self.uri)
+        filesystem, root = fs.FileSystem.from_uri(self.uri + self.query)
         return filesystem, f"{root}/{name}".rstrip("/")
 
 

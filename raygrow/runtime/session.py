@@ -1,6 +1,7 @@
 """A worker's link to its run under Ray Train."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -45,9 +46,16 @@ class RaySession:
         self._shared = Path(storage.experiment_fs_path) if is_local else None
 
     def resume_from(self) -> Path | None:
-        """What Ray Train has recorded as this phase's newest checkpoint."""
-        checkpoint = ray.train.get_checkpoint()
-        return local_folder(checkpoint) if checkpoint else None
+        """What Ray Train has recorded as this phase's newest checkpoint, else the newest that is marked as whole."""
+        if checkpoint := ray.train.get_checkpoint():
+            return local_folder(checkpoint)
+        done = sorted(self._shared.glob(f"step-*/{DONE}")) if self._shared else []
+        if not done:
+            return None
+        # the record was lost in a crash: enter the checkpoint again, or it would never be replaced by a newer one
+        folder = done[-1].parent
+        self.commit(folder, int(folder.name.removeprefix("step-")))
+        return folder
 
     def checkpoint_folder(self, step: int) -> Path:
         """In the run's folder, or a temporary one of this worker's."""
@@ -72,8 +80,11 @@ class RaySession:
         self._answer = self._history.append.remote(dict(record))
 
     def rewind(self, step: int) -> None:
-        """Has the history actor drop what will be run again."""
+        """Has the history actor drop what will be run again, and removes checkpoints that were never recorded."""
         ray.get(self._history.rewind.remote(self._phase, step))
+        for folder in self._shared.glob("step-*") if self._shared else ():
+            if folder.name > checkpoint_name(step) or not (folder / DONE).exists():
+                shutil.rmtree(folder)
 
     def save_verification(self, verification: Record) -> None:
         """Has the history actor write the growth record."""

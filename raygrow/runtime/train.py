@@ -4,8 +4,12 @@ A run started again under its name goes on where it stopped: finished phases are
 from its newest checkpoint, and a finished run says so.
 """
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -22,17 +26,18 @@ from raygrow.report.text import print_summary
 from raygrow.runtime.cluster import connect, has_gpu
 from raygrow.runtime.data import prepare_data
 from raygrow.runtime.history import open_history
-from raygrow.runtime.live import live_progress
+from raygrow.runtime.live import follow
 from raygrow.runtime.progress import progress_bar
 from raygrow.runtime.run_folder import RunFolder
 from raygrow.runtime.session import RaySession, local_folder
+from raygrow.runtime.stop import StopWish, stop_wish
 from raygrow.text.tokenizer import load_tokenizer
 from raygrow.train.config import TrainConfig
 from raygrow.train.loop import Outcome, train_phase
 from raygrow.train.plan import Phase, resolve, scratch_plan
 
 EXIT_CODES = {"finished": 0, "failed": 1, "stopped": 143}
-"""Of the process, by how the run ended; 143 is what a shell gives for SIGTERM."""
+"""Of the process, by how the run ended; 143 is what a shell gives for SIGTERM, the usual way to stop a run."""
 
 
 def train(run: RunConfig) -> int:
@@ -52,12 +57,13 @@ def train(run: RunConfig) -> int:
     _check_data(run, phases)
     connect()
     folders = [RunFolder.of(run.storage_path, run.name)]
-    status = _train_plan(run, phases, folders[0], console)
-    if run.control and status == "finished":
-        control = replace(run, name=f"{run.name}-scratch", plan=scratch_plan(phases), control=False)
-        folders.append(RunFolder.of(control.storage_path, control.name))
-        control_phases = resolve(control.plan, control.model, control.train)
-        status = _train_plan(control, control_phases, folders[1], console)
+    with stop_wish() as wish:
+        status = _train_plan(run, phases, folders[0], wish, console)
+        if run.control and status == "finished":
+            control = replace(run, name=f"{run.name}-scratch", plan=scratch_plan(phases), control=False)
+            folders.append(RunFolder.of(control.storage_path, control.name))
+            control_phases = resolve(control.plan, control.model, control.train)
+            status = _train_plan(control, control_phases, folders[1], wish, console)
     _report(folders, console)
     return EXIT_CODES[status]
 
@@ -80,7 +86,7 @@ def _check_data(run: RunConfig, phases: tuple[Phase, ...]) -> None:
             check_tokenizer(manifest, load_tokenizer(phase.init), name=f"the tokenizer of {phase.init}")
 
 
-def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, console: Console) -> str:
+def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, wish: StopWish, console: Console) -> str:
     """Trains what is left of a run's phases; returns how it ended."""
     folder.claim(run)
     if folder.is_finished():
@@ -90,13 +96,19 @@ def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, co
     outcome, checkpoint = Outcome("finished"), None
     for phase in phases:
         checkpoint_before, checkpoint = checkpoint, folder.finished_phase(phase.name)
-        if checkpoint is None:
-            with live_progress(phase, history, console):
-                outcome, checkpoint = _train_phase(run, phase, checkpoint_before, folder, history)
+        if checkpoint is None and wish.made:
+            outcome = Outcome("stopped", f"{phase.name}: not begun")
+        elif checkpoint is None:
+            folder.mend_phase(phase.name)
+            trainer = _trainer(run, phase, checkpoint_before, folder, history)
+            fit = _in_thread(trainer.fit)
+            follow(phase, fit, history, wish, console)
+            outcome, checkpoint = _ending(phase, fit)
         if outcome.status != "finished" or checkpoint is None:
             break
         folder.finish_phase(phase.name, checkpoint)
-    ray.get(history.close.remote())
+    if unwritten := ray.get(history.close.remote()):
+        folder.write_history(unwritten)
     if outcome.status == "finished" and checkpoint:
         folder.write_model(phases[-1].model, local_folder(checkpoint), tokenizer=Path(run.data.path) / "tokenizer")
     else:
@@ -121,27 +133,36 @@ class _WorkerArguments:
 def _train_worker(arguments: dict[str, _WorkerArguments]) -> dict[str, str]:
     """Runs on every worker of a phase."""
     a = arguments["arguments"]
+    failure: Any = ray.get(a.history.failure.remote())
+    if failure:
+        return asdict(Outcome("failed", failure))
     torch.set_num_threads(a.threads)
-    outcome = train_phase(
-        a.phase,
-        a.config,
-        data=a.data,
-        seed=a.seed,
-        source=local_folder(a.source) if a.source else None,
-        session=RaySession(a.phase.name, a.history),
-        device=str(get_device()),
-    )
+    try:
+        outcome = train_phase(
+            a.phase,
+            a.config,
+            data=a.data,
+            seed=a.seed,
+            source=local_folder(a.source) if a.source else None,
+            session=RaySession(a.phase.name, a.history),
+            device=str(get_device()),
+        )
+    except ValueError as error:
+        # Raised, since the others may be waiting for this worker. Ray starts the group again, which then finds this.
+        ray.get(a.history.fail.remote(f"{a.phase.name}: {error}"))
+        raise
     return asdict(outcome)
 
 
-def _train_phase(
+def _trainer(
     run: RunConfig, phase: Phase, source: Checkpoint | None, folder: RunFolder, history: ActorHandle
-) -> tuple[Outcome, Checkpoint | None]:
-    """One Ray Train run. Returns how the phase ended, and its last checkpoint."""
+) -> TorchTrainer:
+    """The Ray Train run of one phase."""
     workers = run.workers
     use_gpu = has_gpu() if workers.use_gpu == "auto" else workers.use_gpu
     arguments = _WorkerArguments(
-        phase=phase,
+        # workers run in a directory of their own, where relative paths would lead elsewhere
+        phase=replace(phase, init=str(Path(phase.init).resolve())) if phase.init else phase,
         config=run.train,
         data=Path(run.data.path).resolve(),
         seed=run.seed,
@@ -151,7 +172,7 @@ def _train_phase(
     )
     # read by cuBLAS when CUDA starts, so it has to be there before
     environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if run.train.deterministic else {}
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _train_worker,
         train_loop_config={"arguments": arguments},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
@@ -168,8 +189,26 @@ def _train_phase(
             worker_runtime_env={"env_vars": environment},
         ),
     )
+
+
+def _in_thread(function: Callable[[], Any]) -> Future:
+    """Calls a function in a thread of its own: in the main one, Ray would keep Ctrl-C to itself."""
+    future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def _ending(phase: Phase, fit: Future) -> tuple[Outcome, Checkpoint | None]:
+    """How a phase ended, and its last checkpoint."""
     try:
-        result = trainer.fit()
+        result = fit.result()
     except ray.train.TrainingFailedError as error:
         return Outcome("failed", _cause(phase, error)), None
     assert isinstance(result.return_value, dict), "what _train_worker returned on rank 0"
