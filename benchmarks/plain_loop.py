@@ -1,16 +1,15 @@
 """A training loop as one writes it by hand for one GPU: what raygrow's speed is held against.
 
-It shares no code with raygrow's model, step or loop. Everything that made it faster when measured is in it: the whole
-model in one graph (torch.compile), bf16 products over fp32 master weights, query, key and value in one product, gate
-and up in one, cuDNN's attention, fused AdamW. The loss is chosen per setting: `compiled` keeps all logits and leaves
-their cross entropy to the compiler; `chunked` is raygrow's, which never holds them.
+It shares no code with raygrow's model, step or loop, and is free of what they must be able to do: no sharding, no
+data loading (one batch, already on the GPU), no reports, no checkpoints. What made it faster when measured is in it:
+the whole model in one graph (torch.compile), bf16 products over fp32 master weights, cuDNN's attention, rotary tables
+made once, fused AdamW. The loss is a setting: `compiled` keeps all logits and leaves their cross entropy to the
+compiler; `chunked` is raygrow's own, which never holds them.
 
-Shapes: B batch, T tokens, D model, F hidden, N heads, H head dim, V vocabulary.
+Shapes: B batch, T tokens, D model, N heads, H head dim, V vocabulary.
 """
 
-import statistics
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +26,7 @@ ATTENTION = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
 }
+MATRICES = ("q", "k", "v", "out", "gate", "up", "down")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,53 +39,52 @@ class Settings:
     seq_len: int
     attention: Literal["cudnn", "flash"] = "cudnn"
     loss: Literal["compiled", "chunked"] = "chunked"
-    dtype: torch.dtype = torch.bfloat16
 
 
 class PlainModel(nn.Module):
-    """The Llama of a ModelConfig (SwiGLU, RMSNorm, untied), with fp32 weights cast where they are used."""
+    """The Llama of a ModelConfig (SwiGLU, RMSNorm, untied), with fp32 weights cast to bf16 where they are used."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    cos_T1H: Tensor
+    sin_T1H: Tensor
+
+    def __init__(self, config: ModelConfig, seq_len: int) -> None:
         super().__init__()
         d, ff, layers = config.d_model, config.d_ff, config.n_blocks
-        self.head_dim, self.theta, self.eps, self.dtype = config.head_dim, config.rope_theta, config.norm_eps, dtype
-        out_std = config.init_std / (2 * layers) ** 0.5
+        self.head_dim, self.eps = config.head_dim, config.norm_eps
+        shapes = {"gate": (ff, d), "up": (ff, d), "down": (d, ff)}
 
-        def matrix(*shape: int, std: float = config.init_std) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape) * std)
+        def matrix(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape) * config.init_std)
 
         self.embedding, self.head = matrix(config.vocab_size, d), matrix(config.vocab_size, d)
-        self.qkv = nn.ParameterList(matrix(3 * d, d) for _ in range(layers))
-        self.out = nn.ParameterList(matrix(d, d, std=out_std) for _ in range(layers))
-        self.gate_up = nn.ParameterList(matrix(2 * ff, d) for _ in range(layers))
-        self.down = nn.ParameterList(matrix(d, ff, std=out_std) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            nn.ParameterDict({name: matrix(*shapes.get(name, (d, d))) for name in MATRICES}) for _ in range(layers)
+        )
         self.norms = nn.ParameterList(nn.Parameter(torch.ones(d)) for _ in range(2 * layers + 1))
+        frequency = config.rope_theta ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
+        angles_TH = torch.outer(torch.arange(seq_len), frequency).repeat(1, 2)
+        self.register_buffer("cos_T1H", angles_TH.cos().bfloat16()[:, None])
+        self.register_buffer("sin_T1H", angles_TH.sin().bfloat16()[:, None])
 
     def normed(self, x_BTD: Tensor, index: int) -> Tensor:
-        wide = x_BTD.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.norms[index]).to(self.dtype)
+        return F.rms_norm(x_BTD, (x_BTD.shape[-1],), self.norms[index].bfloat16(), self.eps)
 
     def rotated(self, x_BTNH: Tensor) -> Tensor:
-        half = self.head_dim // 2
-        frequency = self.theta ** (-torch.arange(half, device=x_BTNH.device) / half)
-        angle = torch.outer(torch.arange(x_BTNH.shape[1], device=x_BTNH.device), frequency)[:, None]
-        first, second = x_BTNH.float().split(half, dim=-1)
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(self.dtype)
+        first, second = x_BTNH.chunk(2, dim=-1)
+        return x_BTNH * self.cos_T1H + torch.cat((-second, first), dim=-1) * self.sin_T1H
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """The final hidden states."""
-        x_BTD = F.embedding(tokens_BT, self.embedding).to(self.dtype)
-        layers = zip(self.qkv, self.out, self.gate_up, self.down, strict=True)
-        for i, (qkv, out, gate_up, down) in enumerate(layers):
-            heads = F.linear(self.normed(x_BTD, 2 * i), qkv.to(self.dtype)).unflatten(-1, (3, -1, self.head_dim))
-            q, k, v = heads.unbind(2)
+        x_BTD = F.embedding(tokens_BT, self.embedding).bfloat16()
+        for i, layer in enumerate(self.layers):
+            q, k, v, out, gate, up, down = (layer.get_parameter(name).bfloat16() for name in MATRICES)
+            h_BTD = self.normed(x_BTD, 2 * i)
+            q, k, v = (F.linear(h_BTD, weight).unflatten(-1, (-1, self.head_dim)) for weight in (q, k, v))
             q, k, v = (part.transpose(1, 2) for part in (self.rotated(q), self.rotated(k), v))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-            x_BTD = x_BTD + F.linear(attended, out.to(self.dtype))
-            gate, up = F.linear(self.normed(x_BTD, 2 * i + 1), gate_up.to(self.dtype)).chunk(2, dim=-1)
-            x_BTD = x_BTD + F.linear(F.silu(gate) * up, down.to(self.dtype))
+            x_BTD = x_BTD + F.linear(attended, out)
+            h_BTD = self.normed(x_BTD, 2 * i + 1)
+            x_BTD = x_BTD + F.linear(F.silu(F.linear(h_BTD, gate)) * F.linear(h_BTD, up), down)
         return self.normed(x_BTD, -1)
 
 
@@ -93,17 +92,16 @@ class PlainLoop:
     """Model, optimizer and step."""
 
     def __init__(self, config: ModelConfig, settings: Settings, device: torch.device) -> None:
-        assert config.n_kv_heads == config.n_heads and not config.tie_embeddings and config.mlp == "swiglu"
+        assert (config.n_kv_heads, config.tie_embeddings, config.mlp) == (config.n_heads, False, "swiglu")
         self.settings, self.device = settings, device
         with device:
-            self.model = PlainModel(config, settings.dtype)
-        fused = {"fused": True} if device.type == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), **fused)
+            self.model = PlainModel(config, settings.seq_len)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
         self._trunk = torch.compile(self.model, fullgraph=True, dynamic=False)
         self._compiled_loss = torch.compile(self._full_logits_loss, fullgraph=True, dynamic=False)
 
     def _full_logits_loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        logits_BTV = F.linear(self.model(tokens_BT), self.model.head.to(self.settings.dtype))
+        logits_BTV = F.linear(self.model(tokens_BT), self.model.head.bfloat16())
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -111,7 +109,7 @@ class PlainLoop:
         if self.settings.loss == "compiled":
             return self._compiled_loss(tokens_BT, targets_BT)
         hidden_ND = self._trunk(tokens_BT).flatten(0, 1)
-        return linear_cross_entropy(hidden_ND, self.model.head.to(self.settings.dtype), targets_BT.flatten())
+        return linear_cross_entropy(hidden_ND, self.model.head.bfloat16(), targets_BT.flatten())
 
     def step(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """One optimizer step; returns the mean loss, not waited for."""
@@ -128,18 +126,23 @@ class PlainLoop:
         self.optimizer.zero_grad()
         return total
 
-    def tokens_per_second(self, batches: Iterator[tuple[Tensor, Tensor]], *, warmup: int, steps: int) -> float:
-        """Median over single steps, after `warmup` steps that are not counted."""
-        times = []
-        for step in range(warmup + steps):
-            batch = [part.to(self.device) for part in next(batches)]
-            self._wait()
-            start = time.perf_counter()
+    def tokens_per_second(self, *, warmup: int, windows: int, window_steps: int) -> list[float]:
+        """Speed of each window of steps, after `warmup` steps that are not counted."""
+        shape = self.settings.batch_size, self.settings.seq_len + 1
+        tokens_BT = torch.randint(0, len(self.model.embedding), shape, device=self.device)
+        batch = tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
+        for _ in range(warmup):
             self.step(*batch)
-            self._wait()
-            if step >= warmup:
-                times.append(time.perf_counter() - start)
-        return self.settings.batch_size * self.settings.seq_len / statistics.median(times)
+        return [self._window(batch, window_steps) for _ in range(windows)]
+
+    def _window(self, batch: tuple[Tensor, Tensor], steps: int) -> float:
+        """Tokens per second of some steps in a row; the CPU may run ahead between them."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step(*batch)
+        self._wait()
+        return steps * batch[0].numel() / (time.perf_counter() - start)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
