@@ -172,3 +172,9 @@ def test_frozen_parameters_stay_as_they_were(data: Path, tmp_path: Path) -> None
         unchanged = torch.equal(stored, initial_value(name, stored.shape, phase.model, 0))
         assert unchanged == (not name.startswith("blocks.1")), name
     assert "exp_avg.embedding.weight" not in weights
+
+
+def test_activation_checkpointing_changes_no_loss(single, data: Path, tmp_path: Path) -> None:
+    config = replace(TRAIN, activation_checkpointing=True)
+    _, records = run(1, tmp_path, data, replace(BASE, steps=5), config)
+    assert losses(records)[:4] == pytest.approx(losses(single[1])[:4], abs=1e-6)

@@ -1,0 +1,64 @@
+"""On a GPU: bf16 and compiled, a resumed run still equals the uninterrupted one to the bit."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from raygrow.nn.config import ModelConfig
+from raygrow.train.config import PhaseConfig, PlanConfig, ScheduleConfig, TrainConfig
+from raygrow.train.loop import train_phase
+from raygrow.train.plan import resolve
+from raygrow.train.session import FolderSession
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+TRAIN = TrainConfig(
+    seq_len=256,
+    batch_size=16,
+    micro_batch_size=8,
+    report_every=5,
+    evaluate_every=10,
+    checkpoint_every=10,
+    deterministic=True,
+    schedule=ScheduleConfig(warmup_steps=5),
+)
+MODEL = ModelConfig(vocab_size=512, d_model=256, n_heads=4, d_ff=512, blocks_per_stack=4, max_seq_len=256)
+PHASE = resolve(PlanConfig(phases={"base": PhaseConfig(steps=30)}), MODEL, TRAIN)[0]
+
+
+def run(folder: Path, data: Path, config: TrainConfig = TRAIN) -> list[dict[str, Any]]:
+    """Trains in this process; a file STOP in the folder stops it at the first report."""
+    session = FolderSession(folder)
+    train_phase(PHASE, config, data=data, seed=0, source=None, session=session, device="cuda:0")
+    return session.records()
+
+
+@pytest.fixture
+def process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(data: Path, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", data)
+    stop = tmp_path / "stopped" / "STOP"
+    stop.parent.mkdir()
+    stop.touch()
+    assert len(run(stop.parent, data)) == 1
+    stop.unlink()
+    resumed = run(stop.parent, data)
+    for key in ("step", "loss", "grad_norm", "val_loss"):
+        assert [record.get(key) for record in resumed] == [record.get(key) for record in whole]
+    assert whole[-1]["loss"] < whole[0]["loss"]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_activation_checkpointing_changes_no_loss(data: Path, tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", data)
+    saving = run(tmp_path / "saving", data, replace(TRAIN, activation_checkpointing=True))
+    assert [record["loss"] for record in saving] == pytest.approx([record["loss"] for record in plain], rel=2e-3)
