@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from rich.console import Console
+from rich.markup import escape
 
 from raygrow.config import RunConfig
 from raygrow.data.shards import MANIFEST_FILE, check_tokenizer, load_manifest, open_tokens
@@ -112,7 +113,8 @@ def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, wi
     if outcome.status == "finished" and checkpoint:
         folder.write_model(phases[-1].model, local_folder(checkpoint), tokenizer=Path(run.data.path) / "tokenizer")
     else:
-        console.print(f"[bold]{run.name} {outcome.status}[/]: {outcome.reason}", highlight=False, soft_wrap=True)
+        ending = f"[bold]{run.name} {outcome.status}[/]: {escape(outcome.reason)}"
+        console.print(ending, highlight=False, soft_wrap=True)
     folder.write_summary(phases, outcome)
     return outcome.status
 

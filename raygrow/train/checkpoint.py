@@ -131,6 +131,8 @@ class AsyncSaver:
             future.result()
         except CheckpointException as error:
             shutil.rmtree(folder, ignore_errors=True)
-            causes = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
-            raise OSError(f"the checkpoint of step {step} could not be written to {folder}: {causes}") from None
+            causes = [failure[0] for failure in error.failures.values()]
+            # what torch's writer says when it cannot write is about itself
+            plain = [cause for cause in causes if isinstance(cause, OSError)] or causes
+            raise OSError(f"the checkpoint of step {step} could not be written to {folder}: {plain[0]}") from None
         return folder, step
