@@ -35,6 +35,9 @@ raygrow pre-trains language models by growth: train a small one, grow it, go on 
 GROUPS = ("model", "data", "plan", "train")
 """Folders of raygrow/conf: `plan=gstack` chooses a file there."""
 
+SIGNALLED = 128
+"""From here on, a status says which signal has stopped a command."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -43,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after `raygrow`; those of the process when not given.
 
     Returns:
-        The exit status: 0, 1 where a run ended without success, 2 for an error that the user can mend, 130 for Ctrl-C.
+        The exit status: 0, 1 where a run ended without success, 2 for an error that the user can mend, 143 where a
+        run was told to stop and has saved, 130 for Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
@@ -124,6 +128,8 @@ def _compose(command: Callable[[dict[str, Any]], int], words: list[str]) -> int:
             return command(tree)
 
         statuses.append(_explained(run))
+        if statuses[-1] >= SIGNALLED:  # the runs after this one are not wanted either
+            sys.exit(statuses[-1])
 
     statuses: list[int] = []
     OmegaConf.register_new_resolver("last", lambda path: str(path).rsplit("/")[-1], replace=True)

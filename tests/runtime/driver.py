@@ -24,7 +24,11 @@ def settings(run: RunConfig) -> list[str]:
     """The words after `raygrow train` that give this run."""
 
     def text(value: Any) -> str:
-        return "null" if value is None else str(list(value) if isinstance(value, tuple) else value).replace("'", "")
+        if value is None:
+            return "null"
+        if isinstance(value, list | tuple):
+            return f"[{','.join(map(str, value))}]"
+        return f"'{value}'" if "=" in str(value) else str(value)
 
     def words(tree: dict[str, Any], path: str = "") -> Iterator[str]:
         for key, value in tree.items():
