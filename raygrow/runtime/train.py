@@ -91,7 +91,8 @@ def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, wi
     """Trains what is left of a run's phases; returns how it ended."""
     folder.claim(run)
     if folder.is_finished():
-        console.print(f"{run.name} is finished: {folder.uri}/report.html shows it. Another name starts another run.")
+        told = f"{run.name} is finished: {folder.uri}/report.html shows it. Another name starts another run."
+        console.print(told, highlight=False, soft_wrap=True)
         return "finished"
     history = open_history(folder)
     outcome, checkpoint = Outcome("finished"), None
@@ -223,8 +224,9 @@ def _resources(cpus: float, use_gpu: bool) -> dict[str, float]:
 
 def _cause(phase: Phase, error: Exception) -> str:
     """The first line of what brought a phase down, without the tracebacks around it."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    rank, failure = next(iter(failures.items()))
+    failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {0: error}
+    # a worker that dies takes the others along: what they say of their lost connection comes last
+    rank, failure = min(failures.items(), key=lambda item: "by peer" in str(item[1]))
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     return (
         f"{phase.name}: worker {rank} failed for good: {lines[-1] if lines else repr(failure)} "
@@ -236,7 +238,8 @@ def _report(folders: list[RunFolder], console: Console) -> None:
     """The terminal's summary, and report.html beside the run."""
     local = [folder.local for folder in folders if folder.local]
     if len(local) < len(folders):
-        console.print("The report of a run in an object store: copy its folder here and run `raygrow report`.")
+        told = "The report of a run in an object store: copy its folder here and run `raygrow report`."
+        console.print(told, highlight=False, soft_wrap=True)
         return
     print_summary(local, console)
-    console.print(f"report: {write_report(local, local[0])}")
+    console.print(f"report: {write_report(local, local[0])}", highlight=False, soft_wrap=True)
