@@ -130,9 +130,10 @@ class AsyncSaver:
         try:
             future.result()
         except CheckpointException as error:
+            where = f"{folder} ({shutil.disk_usage(folder.parent).free / 1e6:,.0f} MB free there)"
             shutil.rmtree(folder, ignore_errors=True)
             causes = [failure[0] for failure in error.failures.values()]
-            # what torch's writer says when it cannot write is about itself
+            # torch's writer talks of positions in its file where the system said why
             plain = [cause for cause in causes if isinstance(cause, OSError)] or causes
-            raise OSError(f"the checkpoint of step {step} could not be written to {folder}: {plain[0]}") from None
+            raise OSError(f"the checkpoint of step {step} could not be written to {where}: {plain[0]}") from None
         return folder, step
