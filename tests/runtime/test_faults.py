@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raygrow.config import RunConfig, WorkersConfig
 from raygrow.growth.gstack import Gstack
@@ -114,6 +115,8 @@ def test_the_driver_is_killed(run: RunConfig, folder: Path, expected: list[tuple
         assert command.wait() == 0
         assert "stacked: going on from the checkpoint of step" in command.said()
     assert losses(folder) == expected
+    curves = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [point.step for point in curves.Scalars("loss")] == [line["tokens"] for line in history(folder)]
     assert len(list(folder.glob("phases/stacked/step-*"))) == run.train.keep_checkpoints
 
 
@@ -159,6 +162,26 @@ def assert_close(found: list[tuple], expected: list[tuple]) -> None:
         assert score == (expected_score and pytest.approx(expected_score, abs=1e-5))
 
 
+def test_a_list_of_checkpoints_is_cut_short(stopped: Path, run: RunConfig, folder: Path, expected: list[tuple]) -> None:
+    shutil.copytree(stopped, folder)
+    change_name(folder)
+    file = folder / "phases/stacked/checkpoint_manager_snapshot.json"
+    os.truncate(file, file.stat().st_size // 2)
+    with driver(folder, *train(run, folder.name)) as command:
+        assert command.wait() == 0
+        assert "stacked: going on from the checkpoint of step" in command.said()
+    assert losses(folder) == expected
+
+
+def test_a_worker_is_lost_more_often_than_allowed(run: RunConfig, folder: Path) -> None:
+    with driver(folder, *train(run, folder.name, workers=replace(run.workers, max_failures=0))) as command:
+        command.until(lambda: len(history(folder)) >= 2)
+        train_workers()[-1].kill()
+        assert command.wait() == 1
+        assert "failed for good: The actor is dead" in command.said()
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for the first phase, but not for all of the second."""
@@ -176,7 +199,7 @@ def test_the_disk_fills_up(run: RunConfig, small_disk: Path, tmp_path: Path, exp
     with driver(tmp_path, *words) as command:
         assert command.wait() == 1
         assert "stacked: the checkpoint of step" in command.said()
-        assert "No space left on device" in command.said()
+        assert "(0 MB free there)" in command.said()
     folder = small_disk / "full"
     assert not half_written(folder)
     assert not list(folder.glob("**/*.tmp*"))
