@@ -222,9 +222,11 @@ def test_a_diverged_run_keeps_its_last_checkpoint(run: RunConfig, folder: Path) 
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
 
 
-def test_what_is_wrong_for_good_is_not_tried_again_and_again(run: RunConfig, folder: Path) -> None:
-    plan = PlanConfig(phases={"base": PhaseConfig(steps=10, frozen=("nothing.*",)), "stacked": STACKED})
-    with driver(folder, *train(run, folder.name, plan=plan)) as command:
+def test_what_is_wrong_for_good_is_not_tried_again_and_again(run: RunConfig, folder: Path, tmp_path: Path) -> None:
+    data = replace(run.data, path=str(shutil.copytree(run.data.path, tmp_path / "data")))
+    with driver(folder, *train(run, folder.name, data=data)) as command:
+        command.until((folder / "run.yaml").exists)  # the driver has checked the data, workers have not
+        os.truncate(tmp_path / "data/train-00000.bin", 1000)
         assert command.wait() == 1
-        assert "base: frozen: the pattern 'nothing.*' matches no parameter" in command.said()
+        assert f"base: {tmp_path}/data/train-00000.bin: this shard has 1000 bytes" in command.said()
     assert not list(folder.glob("phases/*/step-*"))
