@@ -39,13 +39,13 @@ COLORS = {SCRATCH: "#e27a00", LONGER: "#a3740a"}
 GROWN_COLORS = ("#3d7ff0", "#0fa37f", "#a06af0")
 
 
-def grown(factor: int, share: float) -> list[str]:
-    """What the command line says about one way to grow."""
+def grown(factor: int, share: float, *, warmup: int = 20) -> list[str]:
+    """What the command line says about one way to grow; `warmup` steps follow the growth."""
     return [
         "plan=gstack",
         f"plan.phases.base.share={share}",
         f"plan.phases.stacked.growth.factor={factor}",
-        "plan.phases.stacked.warmup_steps=20",
+        f"plan.phases.stacked.warmup_steps={warmup}",
     ]
 
 
@@ -55,8 +55,10 @@ PLANS = {
     "2x6": grown(6, 0.04),
     SCRATCH: ["plan=scratch"],
     "6x2": grown(2, 0.2),
+    "3x4-base-10": grown(4, 0.1),
+    "3x4-no-warmup": grown(4, 0.05, warmup=0),
 }
-"""Name (blocks of the base x factor) and what sets the run apart; the longest first, so that lanes end together."""
+"""Name (blocks of the base x factor) and what sets the run apart."""
 
 COMMON = [
     "model=decoder/llama/small",

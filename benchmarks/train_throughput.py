@@ -156,7 +156,7 @@ def compare_workers(name: str, size: Size, counts: list[int], work: Path) -> dic
         "batch_size_per_worker": size.batch_size,
         "micro_batch_size": size.micro_batch_size,
         "tokens_per_second": speeds,
-        "speedup": {n: speed / speeds[counts[0]] for n, speed in speeds.items()},
+        "speedup": {n: speed / speeds[min(counts)] for n, speed in speeds.items()},
     }
 
 
