@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rope_angles(positions_T: Tensor, *, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, each `(T, H)`, in fp32.
+    """Cosines and sines of every position, each `(T, H)`, in fp32 (under bf16 training the Blocks get them in bf16).
 
     Computed on the fly: they are cheap beside one Block, and a model built on the meta device then holds no buffers.
     """

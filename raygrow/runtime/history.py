@@ -33,14 +33,13 @@ class History:
         self._news: list[str] = []
         self._board: SummaryWriter | None = None
 
-    def append(self, record: dict[str, Any]) -> bool:
-        """Adds a line; returns whether the run is asked to stop."""
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a line."""
         self._lines.append(record)
         try:
             self._write_line(record)
         except OSError:
             self._is_behind = True
-        return self._stop
 
     def rewind(self, phase: str, step: int) -> None:
         """Drops the lines of `phase` after `step`: those steps are about to be run again.
@@ -75,6 +74,10 @@ class History:
     def request_stop(self) -> None:
         """Asks training to save a checkpoint and stop."""
         self._stop = True
+
+    def stop_requested(self) -> bool:
+        """Whether training was asked to stop."""
+        return self._stop
 
     def news(self) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest line, and what has happened since the last call."""

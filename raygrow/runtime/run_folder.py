@@ -145,11 +145,16 @@ class RunFolder:
     def write_summary(self, phases: Sequence[Phase], outcome: Outcome) -> None:
         """Writes summary.json: how the run ended and what each phase reached."""
         lines = self.read_history()
-        rows = [_phase_summary(phase, [line for line in lines if line["phase"] == phase.name]) for phase in phases]
+        rows, seconds = [], 0.0
+        for phase in phases:
+            own = [line for line in lines if line["phase"] == phase.name]
+            if own:
+                rows.append(_phase_summary(phase, own, seconds_before=seconds))
+                seconds = own[-1]["seconds"]
         last_score = next((line for line in reversed(lines) if "val_loss" in line), {})
         end = lines[-1] if lines else {}
         summary = asdict(outcome) | {
-            "phases": [row for row in rows if row],
+            "phases": rows,
             **{key: end.get(key) for key in ("flops", "tokens", "seconds")},
             **{key: last_score.get(key) for key in ("val_loss", "val_bits_per_byte")},
         }
@@ -183,10 +188,8 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, A
         yield path, before, now
 
 
-def _phase_summary(phase: Phase, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What a phase reached; None where it has not begun."""
-    if not lines:
-        return None
+def _phase_summary(phase: Phase, lines: list[dict[str, Any]], *, seconds_before: float) -> dict[str, Any]:
+    """What a phase reached, from its lines of history."""
     end, score = lines[-1], next((line for line in reversed(lines) if "val_loss" in line), {})
     return {
         "name": phase.name,
@@ -195,7 +198,7 @@ def _phase_summary(phase: Phase, lines: list[dict[str, Any]]) -> dict[str, Any] 
         "steps": end["step"],
         "tokens": end["tokens"] - phase.tokens_before,
         "flops": end["flops"] - phase.flops_before,
-        "seconds": end["seconds"],
+        "seconds": end["seconds"] - seconds_before,
         "loss": end["loss"],
         "val_loss": score.get("val_loss"),
         "val_bits_per_byte": score.get("val_bits_per_byte"),

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import ray
@@ -10,6 +11,7 @@ import ray.train
 from pyarrow import fs
 from ray.actor import ActorHandle
 from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.collective import broadcast_from_rank_zero
 
 from raygrow.train.session import Record
 
@@ -22,25 +24,24 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def local_folder(checkpoint: Checkpoint) -> Path:
-    """The checkpoint as a local folder; downloaded where it is in an object store."""
-    if isinstance(checkpoint.filesystem, fs.LocalFileSystem):
-        return Path(checkpoint.path)
-    return Path(checkpoint.to_directory())
-
-
 class RaySession:
     """Checkpoints go through Ray Train, which resumes from them; metrics go to the run's history actor.
 
     On a shared file system checkpoints are written straight into the run's folder; for an object store each worker
-    writes to a temporary folder that Ray uploads.
+    writes to a temporary folder that Ray uploads in the background.
+
+    Args:
+        phase: The phase in training.
+        history: The run's history actor.
+        downloads: Takes the checkpoints that are fetched from an object store, and removes them when it is closed.
     """
 
-    def __init__(self, phase: str, history: ActorHandle) -> None:
-        self._phase, self._history = phase, history
-        self._answer: ray.ObjectRef | None = None
-        self._context = ray.train.get_context()
-        storage = self._context.get_storage()
+    def __init__(self, phase: str, history: ActorHandle, downloads: ExitStack) -> None:
+        self._phase, self._history, self._downloads = phase, history, downloads
+        self._last_line: ray.ObjectRef | None = None
+        context = ray.train.get_context()
+        self._leads = context.get_world_rank() == 0
+        storage = context.get_storage()
         assert storage, "a running Ray Train worker has storage"
         is_local = isinstance(storage.storage_filesystem, fs.LocalFileSystem)
         self._shared = Path(storage.experiment_fs_path) if is_local else None
@@ -48,14 +49,17 @@ class RaySession:
     def resume_from(self) -> Path | None:
         """What Ray Train has recorded as this phase's newest checkpoint, else the newest that is marked as whole."""
         if checkpoint := ray.train.get_checkpoint():
-            return local_folder(checkpoint)
-        done = sorted(self._shared.glob(f"step-*/{DONE}")) if self._shared else []
-        if not done:
+            return Path(self._downloads.enter_context(checkpoint.as_directory()))
+        if not self._shared:
+            return None
+        done = max(self._shared.glob(f"step-*/{DONE}"), default=None)
+        # one worker looks for all: they must agree, and file systems may show them different folders
+        name = broadcast_from_rank_zero(done and done.parent.name)
+        if name is None:
             return None
         # the record was lost in a crash: enter the checkpoint again, or it would never be replaced by a newer one
-        folder = done[-1].parent
-        self.commit(folder, int(folder.name.removeprefix("step-")))
-        return folder
+        self.commit(self._shared / name, int(name.removeprefix("step-")))
+        return self._shared / name
 
     def checkpoint_folder(self, step: int) -> Path:
         """In the run's folder, or a temporary one of this worker's."""
@@ -64,20 +68,21 @@ class RaySession:
         return Path(tempfile.mkdtemp(prefix=f"raygrow-{checkpoint_name(step)}-"))
 
     def commit(self, folder: Path, step: int) -> None:
-        """Marks the checkpoint as whole and hands it to Ray Train."""
-        if self._context.get_world_rank() == 0:
+        """Marks the checkpoint as whole and hands it to Ray Train; the history up to it is written by then."""
+        if self._leads:
+            if self._last_line is not None:
+                ray.get(self._last_line)
             (folder / DONE).touch()
         ray.train.report(
             {"step": step},
             checkpoint=Checkpoint(os.fspath(folder)),
             checkpoint_dir_name=checkpoint_name(step),
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD if self._shared else CheckpointUploadMode.SYNC,
-            delete_local_checkpoint_after_upload=None if self._shared else True,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD if self._shared else CheckpointUploadMode.ASYNC,
         )
 
     def log(self, record: Record) -> None:
         """Sends a line to the history actor without waiting for it."""
-        self._answer = self._history.append.remote(dict(record))
+        self._last_line = self._history.append.remote(dict(record))
 
     def rewind(self, step: int) -> None:
         """Has the history actor drop what will be run again, and removes checkpoints that were never recorded."""
@@ -91,5 +96,5 @@ class RaySession:
         ray.get(self._history.save_verification.remote(self._phase, dict(verification)))
 
     def stop_requested(self) -> bool:
-        """What the history actor answered to the last line (rank 0; others leave it to rank 0)."""
-        return self._answer is not None and ray.get(self._answer)
+        """Whether the driver asked for a stop (rank 0; the others leave it to rank 0)."""
+        return self._leads and bool(ray.get(self._history.stop_requested.remote()))

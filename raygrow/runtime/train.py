@@ -7,6 +7,7 @@ from its newest checkpoint, and a finished run says so.
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from raygrow.config import RunConfig
-from raygrow.data.shards import MANIFEST_FILE, check_tokenizer, load_manifest, open_tokens
+from raygrow.data.shards import TOKENIZER_FOLDER, check_tokenizer, open_tokens
 from raygrow.report.html import write_report
 from raygrow.report.text import print_summary
 from raygrow.runtime.cluster import connect, has_gpu
 from raygrow.runtime.data import prepare_data
 from raygrow.runtime.history import open_history
 from raygrow.runtime.live import follow
-from raygrow.runtime.progress import progress_bar
+from raygrow.runtime.progress import progress_bars
 from raygrow.runtime.run_folder import RunFolder
-from raygrow.runtime.session import RaySession, local_folder
+from raygrow.runtime.session import RaySession
 from raygrow.runtime.stop import StopWish, stop_wish
-from raygrow.text.tokenizer import load_tokenizer
+from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from raygrow.train.config import TrainConfig
 from raygrow.train.loop import Outcome, train_phase
 from raygrow.train.plan import Phase, resolve, scratch_plan
@@ -71,10 +72,8 @@ def train(run: RunConfig) -> int:
 
 def _check_data(run: RunConfig, phases: tuple[Phase, ...]) -> None:
     """Prepares the data where that has not been done, reads every shard once, and holds the tokenizer to the models."""
-    if not (Path(run.data.path) / MANIFEST_FILE).exists():
-        with progress_bar("text") as progress:
-            prepare_data(run.data, progress=progress)
-    manifest = load_manifest(run.data.path)
+    with progress_bars() as progress:
+        manifest = prepare_data(run.data, progress=progress)
     for split in ("train", "validation"):
         open_tokens(run.data.path, split, verify=True)
     if manifest.vocab_size > run.model.vocab_size:
@@ -83,7 +82,7 @@ def _check_data(run: RunConfig, phases: tuple[Phase, ...]) -> None:
             f"{run.data.path} was prepared with, {manifest.vocab_size}: raise it, or prepare the data again"
         )
     for phase in phases:
-        if phase.init and (Path(phase.init) / "tokenizer.json").exists():
+        if phase.init and (Path(phase.init) / TOKENIZER_FILE).exists():
             check_tokenizer(manifest, load_tokenizer(phase.init), name=f"the tokenizer of {phase.init}")
 
 
@@ -112,7 +111,8 @@ def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, wi
     if unwritten := ray.get(history.close.remote()):
         folder.write_history(unwritten)
     if outcome.status == "finished" and checkpoint:
-        folder.write_model(phases[-1].model, local_folder(checkpoint), tokenizer=Path(run.data.path) / "tokenizer")
+        with checkpoint.as_directory() as weights:
+            folder.write_model(phases[-1].model, Path(weights), tokenizer=Path(run.data.path) / TOKENIZER_FOLDER)
     else:
         ending = f"[bold]{run.name} {outcome.status}[/]: {escape(outcome.reason)}"
         console.print(ending, highlight=False, soft_wrap=True)
@@ -141,15 +141,16 @@ def _train_worker(arguments: dict[str, _WorkerArguments]) -> dict[str, str]:
         return asdict(Outcome("failed", failure))
     torch.set_num_threads(a.threads)
     try:
-        outcome = train_phase(
-            a.phase,
-            a.config,
-            data=a.data,
-            seed=a.seed,
-            source=local_folder(a.source) if a.source else None,
-            session=RaySession(a.phase.name, a.history),
-            device=str(get_device()),
-        )
+        with ExitStack() as downloads:
+            outcome = train_phase(
+                a.phase,
+                a.config,
+                data=a.data,
+                seed=a.seed,
+                source=Path(downloads.enter_context(a.source.as_directory())) if a.source else None,
+                session=RaySession(a.phase.name, a.history, downloads),
+                device=str(get_device()),
+            )
     except ValueError as error:
         # Raised, since the others may be waiting for this worker. Ray starts the group again, which then finds this.
         ray.get(a.history.fail.remote(f"{a.phase.name}: {error}"))

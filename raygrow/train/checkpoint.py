@@ -86,6 +86,9 @@ class CheckpointTensors(Mapping[str, Tensor]):
             dcp_load({self.prefix + name: tensor}, checkpoint_id=self.folder, no_dist=True)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 

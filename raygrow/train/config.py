@@ -1,20 +1,25 @@
 """Settings of training: what a run's phases share, and what one phase may change."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from raygrow.growth.operator import GrowthConfig
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101). Weight decay applies to matrices only."""
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    lr: Amount = 1e-3
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Amount = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip: Amount = 1.0
     """Largest norm of the whole gradient."""
 
 
@@ -23,10 +28,10 @@ class ScheduleConfig:
     """Learning rate over a phase. Only a run's last phase decays, unless a phase says so itself."""
 
     kind: Literal["wsd", "cosine"] = "wsd"
-    warmup_steps: int = 100
-    decay: float = 0.2
+    warmup_steps: NonNegativeInt = 100
+    decay: Share = 0.2
     """Share of the phase's steps spent decaying (wsd, linear). A cosine decays from the end of warmup."""
-    final_ratio: float = 0.0
+    final_ratio: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
 
 
@@ -34,10 +39,10 @@ class ScheduleConfig:
 class TrainConfig:
     """What the phases of a run share."""
 
-    seq_len: int = 512
-    batch_size: int = 64
+    seq_len: PositiveInt = 512
+    batch_size: PositiveInt = 64
     """Sequences in one optimizer step, over all workers."""
-    micro_batch_size: int = 0
+    micro_batch_size: NonNegativeInt = 0
     """Sequences in one forward pass of one worker; 0 takes the worker's whole share."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -48,15 +53,15 @@ class TrainConfig:
     activation_checkpointing: bool = False
     deterministic: bool = False
     """Bit-exact resume on CUDA too, at some cost in speed."""
-    report_every: int = 10
+    report_every: PositiveInt = 10
     """Steps between two lines of history.jsonl."""
-    evaluate_every: int = 100
-    evaluate_sequences: int = 64
+    evaluate_every: PositiveInt = 100
+    evaluate_sequences: NonNegativeInt = 64
     """Validation sequences scored at each evaluation, always the same ones; 0 takes all."""
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 2
+    checkpoint_every: PositiveInt = 200
+    keep_checkpoints: PositiveInt = 2
     """Checkpoints kept per phase."""
-    diverged_above: float = 2.0
+    diverged_above: Amount = 2.0
     """Stop when the loss is this many nats above the lowest reported loss of the phase."""
 
     def __post_init__(self) -> None:
@@ -77,21 +82,21 @@ class PhaseConfig:
     """What happens to Adam's moments and step count at growth."""
     init: str | None = None
     """A model folder (raygrow's or Hugging Face's) to start from."""
-    share: float | None = None
+    share: Share | None = None
     """Budget as a share of the plan's FLOPs. One of share, tokens, flops, steps; none takes what is left."""
-    tokens: float | None = None
-    flops: float | None = None
-    steps: int | None = None
-    seq_len: int | None = None
+    tokens: Amount | None = None
+    flops: Amount | None = None
+    steps: PositiveInt | None = None
+    seq_len: PositiveInt | None = None
     """Must divide `train.seq_len`."""
-    batch_size: int | None = None
-    micro_batch_size: int | None = None
-    lr: float | None = None
-    warmup_steps: int | None = None
-    decay: float | None = None
+    batch_size: PositiveInt | None = None
+    micro_batch_size: NonNegativeInt | None = None
+    lr: Amount | None = None
+    warmup_steps: NonNegativeInt | None = None
+    decay: Share | None = None
     frozen: tuple[str, ...] = ()
     """Parameters that do not train, as shell patterns over their names (`blocks.0.*`)."""
-    workers: int | tuple[int, int] | None = None
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,6 @@ class PlanConfig:
     what training the final model from scratch on that many tokens would.
     """
 
-    tokens: float | None = None
-    flops: float | None = None
+    tokens: Amount | None = None
+    flops: Amount | None = None
     phases: dict[str, PhaseConfig]

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from raygrow.nn.cost import parameters, training_memory
 from raygrow.nn.rack import Rack
 from raygrow.train.config import TrainConfig
 from raygrow.train.plan import Phase
 from raygrow.weights.apply import apply_rules
+from raygrow.weights.shapes import meta_rack
 
 
 def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> str:
@@ -17,7 +16,7 @@ def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> s
     Args:
         phases: A resolved plan.
         config: What the phases share.
-        workers: Number of workers, for the memory of each.
+        workers: The fewest workers, for the most memory that one may need. `auto` precision counts as on a GPU.
 
     Raises:
         ValueError: If a model does not build as predicted, or a growth does not give its target's shapes.
@@ -47,14 +46,13 @@ def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> s
 
 
 def _build(phase: Phase) -> Rack:
-    with torch.device("meta"):
-        model = Rack(phase.model)
-        if phase.growth and phase.source:
-            source = dict(Rack(phase.source).named_parameters())
-            grown = dict(apply_rules(phase.growth.grow(phase.source).rules, source))
-            for name, parameter in model.named_parameters():
-                if name not in grown or grown[name].shape != parameter.shape:
-                    raise ValueError(f"{phase.name}: growth does not give {name} of shape {tuple(parameter.shape)}")
+    model = meta_rack(phase.model)
+    if phase.growth and phase.source:
+        source = dict(meta_rack(phase.source).named_parameters())
+        grown = dict(apply_rules(phase.growth.grow(phase.source).rules, source))
+        for name, parameter in model.named_parameters():
+            if name not in grown or grown[name].shape != parameter.shape:
+                raise ValueError(f"{phase.name}: growth does not give {name} of shape {tuple(parameter.shape)}")
     return model
 
 
@@ -75,6 +73,7 @@ def _memory(phase: Phase, config: TrainConfig, workers: int) -> int:
         micro_batch_tokens=rows * phase.seq_len,
         workers=workers,
         mixed_precision=config.precision != "fp32",
+        accumulates=rows < -(-phase.batch_size // workers),
     )
 
 

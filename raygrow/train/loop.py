@@ -7,11 +7,12 @@ whether the checkpoint being written is on disk. The steps between are never wai
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from raygrow.data.sampler import Sampler
 from raygrow.data.shards import open_tokens
@@ -66,6 +67,16 @@ def train_phase(
     return Outcome("failed", failure) if failure else run.train()
 
 
+@dataclass
+class _Window:
+    """The steps since the last report."""
+
+    first_step: int
+    loss: float | Tensor = 0.0
+    """Sum of this worker's shares of the steps' losses, on the device."""
+    clock: float = field(default_factory=time.perf_counter)
+
+
 class _PhaseRun:
     """The state of a phase in training on one worker."""
 
@@ -118,9 +129,8 @@ class _PhaseRun:
 
     def train(self) -> Outcome:
         """Runs the steps that are left."""
-        phase, config = self.phase, self.config
+        phase = self.phase
         steps = range(self.progress.step, phase.steps)
-        window_loss, window_start, window_clock = 0.0, steps.start, time.perf_counter()
         step_batches = batches(
             self.sampler,
             first_sample=phase.first_sample,
@@ -130,6 +140,7 @@ class _PhaseRun:
             workers=self.worker.count,
             device=self.worker.device,
         )
+        window = _Window(steps.start)
         for step, batch in zip(steps, step_batches, strict=True):
             lr = learning_rate(step, steps=phase.steps, peak=phase.lr, schedule=phase.schedule)
             set_learning_rate(self.optimizer, lr)
@@ -140,30 +151,37 @@ class _PhaseRun:
                 micro_batch_size=self.micro_batch_size,
                 step_tokens=phase.step_tokens,
                 workers=self.worker.count,
-                clip=config.optimizer.clip,
+                clip=self.config.optimizer.clip,
             )
-            window_loss = window_loss + share
+            window.loss = window.loss + share
             self.progress.step = step + 1
-            if not self._is_due(config.report_every):
-                continue
-
-            loss, stop, written = self.worker.sum(
-                window_loss / (step + 1 - window_start), self.session.stop_requested(), self.saver.is_written()
-            )
-            seconds = time.perf_counter() - window_clock
-            self.progress.seconds += seconds
-            if problem := self._divergence(loss, norm.item()):
-                return Outcome("failed", problem)
-            self.progress.lowest_loss = min(self.progress.lowest_loss, loss)
-            speed = (step + 1 - window_start) * phase.step_tokens / seconds
-            self._report(loss=loss, grad_norm=norm.item(), lr=lr, tokens_per_second=speed)
-            problem = self._checkpoint(written=written == self.worker.count, stop=bool(stop))
-            if problem:
-                return Outcome("failed", problem)
-            if stop and self.progress.step < phase.steps:
-                return Outcome("stopped", f"{phase.name}: stopped at step {self.progress.step} of {phase.steps}, saved")
-            window_loss, window_start, window_clock = 0.0, step + 1, time.perf_counter()
+            if self._is_due(self.config.report_every):
+                outcome = self._report_step(window, grad_norm=norm.item(), lr=lr)
+                if outcome:
+                    return outcome
+                window = _Window(self.progress.step)
         return Outcome("finished")
+
+    def _report_step(self, window: "_Window", *, grad_norm: float, lr: float) -> Outcome | None:
+        """Where the workers agree: loss, stop, checkpoint. Returns how the phase ends, if it ends here."""
+        steps = self.progress.step - window.first_step
+        loss, stop, written = self.worker.sum(
+            window.loss / steps, self.session.stop_requested(), self.saver.is_written()
+        )
+        seconds = time.perf_counter() - window.clock
+        self.progress.seconds += seconds
+        if problem := self._divergence(loss, grad_norm):
+            # a checkpoint still being written is from an earlier report, when all was well
+            return Outcome("failed", problem if self.saver.idle else self._commit() or problem)
+        self.progress.lowest_loss = min(self.progress.lowest_loss, loss)
+        self._log(loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_second=steps * self.phase.step_tokens / seconds)
+        if problem := self._checkpoint(written=written == self.worker.count, stop=bool(stop)):
+            return Outcome("failed", problem)
+        if stop and self.progress.step < self.phase.steps:
+            return Outcome(
+                "stopped", f"{self.phase.name}: stopped at step {self.progress.step} of {self.phase.steps}, saved"
+            )
+        return None
 
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.phase.steps
@@ -185,7 +203,7 @@ class _PhaseRun:
             )
         return None
 
-    def _report(self, *, loss: float, grad_norm: float, lr: float, tokens_per_second: float) -> None:
+    def _log(self, *, loss: float, grad_norm: float, lr: float, tokens_per_second: float) -> None:
         """One line of history, with the evaluation's figures where one is due."""
         phase, step = self.phase, self.progress.step
         scores = self.validation.scores(self.model, self.worker) if self._is_due(self.config.evaluate_every) else {}

@@ -3,10 +3,9 @@
 Order: activation checkpointing, then compile, then FSDP2, all per Block.
 """
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
-from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,8 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import initial_value
 from raygrow.nn.rack import Rack
 from raygrow.train.config import TrainConfig
-
-logger = logging.getLogger(__name__)
+from raygrow.train.plan import is_frozen
+from raygrow.weights.shapes import meta_rack
 
 
 def make_mesh(device: torch.device) -> DeviceMesh:
@@ -39,20 +38,29 @@ def build_sharded(model: ModelConfig, config: TrainConfig, mesh: DeviceMesh, dev
 
     It is made on the meta device, so that no worker ever holds the whole model.
     """
-    with torch.device("meta"):
-        rack = Rack(model)
+    rack = meta_rack(model)
     for block in rack.blocks:
         if config.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _checkpointed(block.forward)
         if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
             # the forward, not the module: FSDP's hooks then stay outside the compiled graph
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     bf16 = uses_bf16(config, device)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for unit in rack.fsdp_units():
-        # alone, a worker has nothing to gain from freeing gathered weights before the backward pass
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
+        # gathered weights are freed until the backward pass needs them again, unless this worker is alone and would
+        # gain nothing, or the backward pass follows at once, as it does for the Rack's own: head and embedding
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1 and unit is not rack)
     return rack.to_empty(device=device)
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same forward pass, which keeps its inputs only and is run again in the backward pass."""
+
+    def run(*arguments: Any) -> Tensor:
+        return checkpoint(forward, *arguments, use_reentrant=False)
+
+    return run
 
 
 def reshard(model: Rack) -> None:
@@ -69,11 +77,10 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
         ValueError: If a pattern matches nothing, or nothing is left to train.
     """
     for pattern in patterns:
-        matching = [p for name, p in model.named_parameters() if fnmatch(name, pattern)]
-        if not matching:
+        if not any(fnmatch(name, pattern) for name, _ in model.named_parameters()):
             raise ValueError(f"frozen: the pattern {pattern!r} matches no parameter of the model")
-        for parameter in matching:
-            parameter.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_frozen(name, patterns))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"frozen={list(patterns)} leaves no parameter to train")
 

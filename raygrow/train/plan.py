@@ -5,12 +5,15 @@ walking forward, each growth is applied (`grow`), which gives the model of every
 """
 
 from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatch
+from functools import partial
 
 from raygrow.growth.operator import GrowthConfig
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import training_flops_per_token
 from raygrow.train.config import PhaseConfig, PlanConfig, ScheduleConfig, TrainConfig
 from raygrow.weights.folder import open_folder
+from raygrow.weights.shapes import parameter_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +85,19 @@ def resolve(plan: PlanConfig, target: ModelConfig, train: TrainConfig) -> tuple[
 
 
 def scratch_plan(phases: tuple[Phase, ...]) -> PlanConfig:
-    """The control of a plan: its final model from scratch on the same FLOPs, with the last phase's batch and rates."""
+    """The control of a plan: its final model from scratch on the same FLOPs.
+
+    It takes the last phase's batch, peak learning rate and decay; its warmup is the run's own (`train.schedule`), since
+    a re-warmup after growth says nothing about a fresh model.
+    """
     last = phases[-1]
     phase = PhaseConfig(
-        seq_len=last.seq_len, batch_size=last.batch_size, micro_batch_size=last.micro_batch_size, lr=last.lr
+        seq_len=last.seq_len,
+        batch_size=last.batch_size,
+        micro_batch_size=last.micro_batch_size,
+        lr=last.lr,
+        decay=last.schedule.decay,
+        workers=last.workers,
     )
     return PlanConfig(flops=sum(phase.flops for phase in phases), phases={"scratch": phase})
 
@@ -132,7 +144,7 @@ def _settle(
 ) -> Phase:
     seq_len = config.seq_len or train.seq_len
     batch_size = config.batch_size or train.batch_size
-    flops_per_token = training_flops_per_token(model, seq_len)
+    flops_per_token = training_flops_per_token(model, seq_len, trains=partial(_trains, model, config.frozen))
     flops_before = sum(phase.flops for phase in before)
     steps = _steps(name, config, total, flops_before, flops_per_token, batch_size * seq_len)
     source = _source(name, config, before, model)
@@ -194,18 +206,31 @@ def _steps(
     return steps
 
 
+def _trains(model: ModelConfig, frozen: tuple[str, ...], unit: str) -> bool:
+    """Whether any parameter of a unit of the model (`embedding`, `blocks.3`, `head`) is left to train."""
+    names = (name for name in parameter_shapes(model) if name.startswith(f"{unit}."))
+    return any(not is_frozen(name, frozen) for name in names)
+
+
+def is_frozen(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a parameter's name matches one of the shell patterns."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
 def _source(name: str, config: PhaseConfig, before: list[Phase], model: ModelConfig) -> ModelConfig | None:
     """The config of the model that this phase starts from, checked against the folder named in `init`."""
     expected = config.growth.shrink(model) if config.growth else model
     if config.init is None:
         return before[-1].model if before else None
     found = open_folder(config.init).config
-    if found.regrouped(1) != replace(expected.regrouped(1), max_seq_len=found.max_seq_len):
-        differing = [
-            f"{field.name} is {getattr(found, field.name)!r}, the plan needs {getattr(expected, field.name)!r}"
-            for field in fields(ModelConfig)
-            if getattr(found, field.name) != getattr(expected, field.name)
-        ]
+    # neither the grouping into Stacks nor the longest sequence changes a tensor
+    planned, stored = expected.regrouped(1), replace(found.regrouped(1), max_seq_len=expected.max_seq_len)
+    differing = [
+        f"{field.name} is {getattr(stored, field.name)!r}, the plan needs {getattr(planned, field.name)!r}"
+        for field in fields(ModelConfig)
+        if getattr(stored, field.name) != getattr(planned, field.name)
+    ]
+    if differing:
         raise ValueError(f"plan.phases.{name}.init={config.init}: another model than planned: {'; '.join(differing)}")
     return found
 

@@ -4,6 +4,7 @@ Growth happens inside the workers. The source speaks first, on fixed tokens, and
 from the source's checkpoint, one full tensor at a time, and must answer for itself before any training.
 """
 
+import gc
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -51,20 +52,21 @@ def start_from_source(
     validation: Validation,
     worker: Worker,
 ) -> Start:
-    """Fills the model of a phase from its source: the checkpoint of the phase before, or the folder in `init`.
+    """Fills the model of a phase from its source: the folder in `init`, else the checkpoint of the phase before.
 
     Args:
         phase: The phase that begins.
         config: What the run's phases share.
         model: Its sharded model, not yet filled.
         optimizer: The model's optimizer.
-        checkpoint: The last checkpoint of the phase before; None starts from the phase's `init`.
+        checkpoint: The last checkpoint of the phase before, where there was one.
         validation: Sequences on which the loss is compared before and after growth.
         worker: This worker.
     """
-    weights = CheckpointTensors(checkpoint, "model.") if checkpoint else open_folder(_init_of(phase)).tensors
+    weights = _weights(phase, checkpoint)
     parameters = dict(model.named_parameters())
-    state_from = checkpoint if phase.optimizer_state == "copy" else None
+    # a model folder holds no optimizer state
+    state_from = checkpoint if phase.optimizer_state == "copy" and not phase.init else None
     if phase.growth is None:
         fill_from(parameters, weights)
         if state_from:
@@ -92,9 +94,11 @@ def start_from_source(
     return Start(verification, _seconds(checkpoint))
 
 
-def _init_of(phase: Phase) -> str:
-    assert phase.init is not None, "a phase with a source has a phase before it or an init folder"
-    return phase.init
+def _weights(phase: Phase, checkpoint: Path | None) -> Mapping[str, Tensor]:
+    if phase.init:
+        return open_folder(phase.init).tensors
+    assert checkpoint, "a phase with a source has a phase before it or an init folder"
+    return CheckpointTensors(checkpoint, "model.")
 
 
 def _seconds(checkpoint: Path | None) -> float:
@@ -116,7 +120,10 @@ def _outputs_of_source(
     # run as written: compiling a model for two batches costs more than it saves
     source = build_sharded(phase.source, replace(config, compile="off"), worker.mesh, worker.device)
     fill_from(dict(source.named_parameters()), weights)
-    return _outputs(source, validation, worker)
+    outputs = _outputs(source, validation, worker)
+    del source
+    gc.collect()  # FSDP's hooks and modules refer to each other, so the memory would stay taken
+    return outputs
 
 
 def _copy_optimizer_state(rules: Rules, checkpoint: Path, model: Rack, optimizer: torch.optim.Optimizer) -> None:
@@ -144,13 +151,18 @@ def _checks(
     """The operator's own checks and those of the tensors' values, over all workers' shards."""
     assert phase.growth is not None
     local = {name: local_part(parameter.detach()) for name, parameter in parameters.items()}
-    checks = [
-        replace(check, passed=worker.sum(not check.passed) == [0.0])
-        for check in phase.growth.checks(_LocalParts(weights, parameters), local.items())
-    ]
+    checks = [_agreed(check, worker) for check in phase.growth.checks(_LocalParts(weights, parameters), local.items())]
     names, statistics = tensor_statistics(local.items())
     total = torch.tensor(worker.sum(*statistics.flatten())).reshape(statistics.shape)
     return checks + statistics_checks(names, total, phase.model)
+
+
+def _agreed(check: Check, worker: Worker) -> Check:
+    """The check as all workers see it: passed where every one of them passed it."""
+    failures = int(worker.sum(not check.passed)[0])
+    if not failures or not check.passed:
+        return check
+    return replace(check, passed=False, detail=f"{failures} other workers found their shards to differ")
 
 
 class _LocalParts(Mapping[str, Tensor]):

@@ -7,7 +7,7 @@ import pytest
 
 from raygrow.growth.gstack import Gstack
 from raygrow.nn.config import ModelConfig
-from raygrow.nn.cost import training_flops_per_token
+from raygrow.nn.cost import block_flops, head_flops, training_flops_per_token
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.train.config import PhaseConfig, PlanConfig, ScheduleConfig, TrainConfig
@@ -48,6 +48,27 @@ def test_every_phase_is_paid_from_the_budget() -> None:
     (control,) = resolve(scratch_plan(phases), TARGET, TRAIN)
     assert control.flops == pytest.approx(budget, rel=0.002)
     assert control.model == TARGET
+
+
+def test_the_control_takes_the_last_phases_batch_and_decay() -> None:
+    last = PhaseConfig(growth=Gstack(factor=4), decay=0.5, lr=3e-3, batch_size=4, warmup_steps=7)
+    phases = resolve(plan(base=PhaseConfig(share=0.05), stacked=last), TARGET, TRAIN)
+    (control,) = resolve(scratch_plan(phases), TARGET, TRAIN)
+    assert (control.schedule.decay, control.lr, control.batch_size) == (0.5, 3e-3, 4)
+    assert control.schedule.warmup_steps == TRAIN.schedule.warmup_steps
+
+
+def test_frozen_parameters_cost_less() -> None:
+    def cost(*frozen: str) -> float:
+        return resolve(PlanConfig(phases={"x": PhaseConfig(steps=1, frozen=frozen)}), TARGET, TRAIN)[0].flops_per_token
+
+    block, head = block_flops(TARGET, 64), head_flops(TARGET)
+    assert cost() - cost("blocks.11.*") == pytest.approx(block.weight_gradient)
+    assert cost() - cost("embedding.*", "blocks.0.*") == pytest.approx(block.weight_gradient + block.input_gradient)
+    assert cost() - cost("blocks.3.mlp.*") == 0  # its attention still trains
+    assert cost("embedding.*", "blocks.*", "norm.*") == pytest.approx(
+        12 * block.forward + head.forward + head.weight_gradient
+    )
 
 
 def test_a_base_is_grown_at_its_peak_learning_rate() -> None:
