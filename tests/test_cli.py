@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from raygrow.cli import main
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
+from raygrow.train.config import TrainConfig
 from raygrow.weights.folder import load_model, open_folder, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +89,7 @@ def test_timing(params: str, tokens: str, base: float, capsys: pytest.CaptureFix
         (["data=files"], "data.files is missing"),
         (["plan.phases.stacked.growth.factor=2.5"], "plan.phases.stacked.growth.factor=2.5"),
         (["plan.phases.stacked.growth.factor=3", "dry_run=true"], "factor=3"),
-        (["plan.phases.base.share=1.5", "dry_run=true"], "plan.phases.stacked"),
+        (["plan.phases.base.share=1", "dry_run=true"], "plan.phases.stacked"),
         (["name=${nothing}"], "nothing"),
         (["a=b=["], "a=b=["),
         (["--config-name", "nothing"], "nothing"),
@@ -102,6 +104,8 @@ def test_wrong_settings_are_named(words: list[str], named: str, capsys: pytest.C
     [
         (["grow", "nowhere", "out", "operator=gstack"], "nowhere"),
         (["grow", "nowhere", "out", "factor"], "'factor'"),
+        (["grow", "nowhere", "out", "factor=["], "'factor=['"),
+        (["generate", "nowhere", "--tokens", "0"], "tokens=0"),
         (["grow", "nowhere", "out", "operator=gstack", "factor=2.5"], "factor=2.5"),
         (["grow", "nowhere", "out", "operator=gstack", "facto=2"], "Did you mean factor?"),
         (["timing", "--params", "0", "--tokens", "1"], "params=0"),
@@ -130,13 +134,54 @@ def test_keys_that_no_yaml_file_mentions(capsys: pytest.CaptureFixture[str]) -> 
     assert "compile: 'off'" in shown
 
 
-def test_dry_run_of_several_plans_leaves_no_outputs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--multirun", "plan=gstack,scratch", "dry_run=true"]) == 0
+@pytest.mark.parametrize("words", [["--multirun", "plan=gstack,scratch"], ["plan=gstack,scratch", "--multirun"]])
+def test_dry_run_of_several_plans_leaves_nothing(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "dry_run=true", *words]) == 0
     shown = capsys.readouterr().out
     assert "gstack (factor 4)" in shown
     assert "\nscratch " in shown
-    assert not Path("outputs").exists()
-    assert not Path("multirun").exists()
+    assert list(Path().iterdir()) == []
+
+
+def test_dry_run_prints_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "dry_run=true", "train.optimizer.eps=1e-7"]) == 0
+    settings, _, table = capsys.readouterr().out.partition("\n\n")
+    run = yaml.safe_load(settings)
+    assert run["train"]["optimizer"]["eps"] == 1e-7
+    assert run["train"]["diverged_above"] == TrainConfig().diverged_above
+    assert table.startswith("phase")
+
+
+def test_prepare_takes_dry_run_and_no_unknown_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "data.roots=site-packages", "dry_run=true"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["roots"] == "site-packages"
+    assert "sead: there is no such key. Did you mean seed?" in failed(capsys, "prepare", "sead=3")
+    assert list(Path().iterdir()) == []
+
+
+def test_help_as_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    assert "raygrow pre-trains" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["help", "grow"])
+    assert left.value.code == 0
+    assert "Grow a model folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["train", "--bogus"], ["prepare", "a=1", "--bogus"], ["grow", "a", "b", "--bogus"]])
+def test_unknown_options_are_named_without_hydra(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--bogus: not understood, see `raygrow {words[0]} --help`" in error
+    assert "hydra" not in error
+
+
+def test_errors_of_settings_lead_to_no_manual(capsys: pytest.CaptureFixture[str]) -> None:
+    error = failed(capsys, "train", "model.n_heads=[")
+    assert "model.n_heads=[: cannot be read as key=value" in error
+    assert "http" not in error
 
 
 def test_the_job_script_does_the_same() -> None:
@@ -171,6 +216,16 @@ def test_from_text_to_a_score(small: Path, capsys: pytest.CaptureFixture[str]) -
     assert "train" in capsys.readouterr().out
     assert main(["evaluate", str(small), "--data", "data", "--sequences", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
+
+    # a run is scored at the length it was trained at
+    assert main(["train", *words, "train.seq_len=8", "dry_run=true"]) == 0
+    Path("run").mkdir()
+    Path("run/run.yaml").write_text(capsys.readouterr().out.partition("\n\n")[0])
+    Path("run/model").symlink_to(small)
+    for options, seq_len in (([], 8), (["--seq-len", "16"], 16)):
+        assert main(["evaluate", "run", "--data", "data", *options]) == 0
+        assert json.loads(capsys.readouterr().out)["seq_len"] == seq_len
+    assert "sequences=-1" in failed(capsys, "evaluate", "run", "--data", "data", "--sequences", "-1")
 
     (small / "tokenizer.json").write_bytes(Path("data/tokenizer/tokenizer.json").read_bytes())
     assert main(["generate", str(small), "--prompt", "line", "--tokens", "5"]) == 0

@@ -26,7 +26,6 @@ SECRETS = {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything", "
 @pytest.fixture
 def storage_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An empty bucket's address."""
-    pytest.importorskip("moto.server", reason="needs moto[server]")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
