@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -50,18 +51,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run was told to stop and has saved, 130 for Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"] if words[1:] else []
     if not words:
         print(OVERVIEW, end="")
         return 0
     if words == ["--version"]:
         print(f"raygrow {metadata.version('raygrow')}")
         return 0
-    composed = words[0] in ("prepare", "train") and not {"-h", "--help"} & set(words)
-    parsed = _parser().parse_args(words[:1] if composed else words)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(words)
+    composed = words[0] in ("prepare", "train")
+    # settings may also follow options, where argparse does not know them for what they are
+    if unknown := [word for word in rest if not composed or word.startswith("-")]:
+        parser.error(f"{' '.join(unknown)}: not understood, see `raygrow {words[0]} --help`")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("raygrow").setLevel(logging.INFO)
     try:
-        return _explained(lambda: _compose(parsed.run, words[1:]) if composed else parsed.run(parsed))
+        if not composed:
+            return _explained(lambda: parsed.run(parsed))
+        settings = [*parsed.settings, *rest]
+        options = [word for word in words[1:] if word not in settings]
+        return _explained(lambda: _compose(parsed.run, options, settings))
     except KeyboardInterrupt:
         return 130
 
@@ -102,7 +113,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=120)
 
 
-def _compose(command: Callable[[dict[str, Any]], int], words: list[str]) -> int:
+def _compose(command: Callable[[dict[str, Any]], int], options: list[str], settings: list[str]) -> int:
     """Lets Hydra compose the settings, and calls `command` with the tree: once, or for each run of `--multirun`."""
     import hydra
     from hydra.errors import HydraException, OverrideParseException
@@ -116,9 +127,11 @@ def _compose(command: Callable[[dict[str, Any]], int], words: list[str]) -> int:
         except MissingMandatoryValue as error:
             raise ValueError(f"{error.full_key} is missing: it has no default, so give it a value") from error
         except OverrideParseException as error:
-            raise ValueError(f"{error.override.lstrip('+')}: cannot be read as key=value; {error}") from error
+            raise ValueError(
+                f"{error.override.lstrip('+')}: cannot be read as key=value; {_own_words(error)}"
+            ) from error
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(re.split(r"\n *(?:Config search path|full_key)", str(error))[0]) from error
+            raise ValueError(_own_words(error)) from error
 
     @hydra.main(version_base="1.3", config_path="pkg://raygrow.conf", config_name="train")
     def job(composed: DictConfig) -> None:
@@ -134,10 +147,17 @@ def _compose(command: Callable[[dict[str, Any]], int], words: list[str]) -> int:
     statuses: list[int] = []
     OmegaConf.register_new_resolver("last", lambda path: str(path).rsplit("/")[-1], replace=True)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise what is wrong instead of printing it and leaving
-    sys.argv[1:] = [_settable(word) for word in words]
-    with plain_errors():
+    with plain_errors(), tempfile.TemporaryDirectory() as aside:
+        # Hydra notes down what --multirun was told, which each run's run.yaml says too
+        sys.argv[1:] = [*options, *map(_settable, settings), f"hydra.sweep.dir='{aside}'"]
         job()
     return max(statuses, default=0)
+
+
+def _own_words(error: Exception) -> str:
+    """What Hydra says, without where it looked and links to the manual of an old version."""
+    said = re.split(r"\n *(?:Config search path|full_key)", str(error))[0]
+    return re.sub(r"\s*See https://hydra\.cc\S* for details", "", said)
 
 
 def _settable(word: str) -> str:

@@ -29,9 +29,19 @@ def _command(*arguments: Argument) -> Callable[[Callable[..., int]], Callable[..
 MODEL = _argument("model", "model folder, or a finished run", type=Path, metavar="MODEL")
 TARGET = _argument("target", "folder to write", type=Path, metavar="OUT")
 SETTINGS = {"nargs": "*", "metavar": "KEY=VALUE"}
+COMPOSING = (
+    _argument("--config-name", "a file of raygrow/conf, such as quickstart", metavar="NAME", default="train"),
+    _argument("--config-dir", "a folder with more files of settings", metavar="FOLDER"),
+    _argument("--cfg", "print the settings, do nothing", choices=("job", "hydra", "all")),
+    _argument("--resolve", "with --cfg: with references to other settings filled in", action="store_true"),
+    _argument("--multirun", "one after the other, where a key has several values", action="store_true"),
+)
+"""Options of the commands whose settings are composed from files."""
 
 
-@_command(_argument("settings", "a group's file (data=files) or one value (data.path=data/mine)", **SETTINGS))
+@_command(
+    _argument("settings", "a group's file (data=files) or one value (data.path=data/mine)", **SETTINGS), *COMPOSING
+)
 def prepare(tree: dict[str, Any]) -> int:
     """Turn text into token shards.
 
@@ -40,27 +50,31 @@ def prepare(tree: dict[str, Any]) -> int:
 
     Examples:
       raygrow prepare                                              Python's standard library
-      raygrow prepare data.roots=site-packages                     and every installed package
+      raygrow prepare data.roots=site-packages data.path=data/packages             and every installed package
       raygrow prepare data=files data.files='texts/**/*.txt'       your own text, jsonl or parquet
       raygrow prepare data=dataset data.dataset=FOLDER_OR_NAME     what `datasets` loads
       raygrow prepare data=files data.files=big.parquet data.engine=ray            more than fits in memory
       raygrow prepare data=files data.files=a.jsonl data.tokenizer.path=FOLDER     with a finished tokenizer
-      raygrow prepare --cfg job                                    print the settings, do nothing
+      raygrow prepare dry_run=true                                 print all settings, do nothing
     """
-    from raygrow.config import build
-    from raygrow.data.sources import DataConfig
+    from raygrow.config import RunConfig, as_yaml, build
     from raygrow.runtime.data import prepare_data
-    from raygrow.runtime.progress import progress_bar
+    from raygrow.runtime.progress import progress_bars
 
-    config: DataConfig = build(DataConfig, tree["data"], "data")
-    with progress_bar("text") as progress:
-        manifest = prepare_data(config, progress=progress)
+    run: RunConfig = build(RunConfig, tree)
+    if run.dry_run:
+        print(as_yaml({"data": run.data}), end="")
+        return 0
+    with progress_bars() as progress:
+        manifest = prepare_data(run.data, progress=progress)
     for name, split in manifest.splits.items():
-        print(f"{config.path}  {name:<10} {split.documents:>9,} documents  {split.tokens:>13,} tokens")
+        print(f"{run.data.path}  {name:<10} {split.documents:>9,} documents  {split.tokens:>13,} tokens")
     return 0
 
 
-@_command(_argument("settings", "a group's file (plan=gstack) or one value (train.seq_len=1024)", **SETTINGS))
+@_command(
+    _argument("settings", "a group's file (plan=gstack) or one value (train.seq_len=1024)", **SETTINGS), *COMPOSING
+)
 def train(tree: dict[str, Any]) -> int:
     """Train a model by a plan.
 
@@ -71,21 +85,22 @@ def train(tree: dict[str, Any]) -> int:
       raygrow train model=decoder/llama/tiny plan=gstack           what is trained when nothing is said
       raygrow train control=true workers.num=2                     also from scratch, on two workers
       raygrow train plan.phases.stacked.growth.factor=2            stack twice instead of four times
-      raygrow train dry_run=true                                   parameters, FLOPs, memory, phases; trains nothing
-      raygrow train --cfg job                                      print the settings, do nothing
+      raygrow train dry_run=true                                   all settings, parameters, FLOPs, memory, phases;
+                                                                   trains nothing
       raygrow train --multirun plan=gstack,scratch                 one after the other
       raygrow train --multirun train.optimizer.lr=1e-3,2e-3 'name=lr-${train.optimizer.lr}'
       raygrow train --config-name quickstart                       what `make quickstart` runs
       ray job submit --working-dir . -- python jobs/train.py model=decoder/llama/1b workers.num=8
     """
-    from raygrow.config import RunConfig, build
+    from raygrow.config import RunConfig, as_yaml, build
 
     run: RunConfig = build(RunConfig, tree)
     if run.dry_run:
         from raygrow.train.dry_run import describe
         from raygrow.train.plan import resolve
 
-        print(describe(resolve(run.plan, run.model, run.train), run.train, workers=run.workers.most))
+        table = describe(resolve(run.plan, run.model, run.train), run.train, workers=run.workers.fewest)
+        print(as_yaml(run), table, sep="\n")
         return 0
     from raygrow.runtime.train import train
 
@@ -102,18 +117,13 @@ def grow(parsed: argparse.Namespace) -> int:
     Examples:
       raygrow grow models/small models/big operator=gstack factor=2
     """
-    import yaml
-
     from raygrow.config import build
     from raygrow.growth.folder import grow_folder
     from raygrow.growth.operator import GrowthConfig
-    from raygrow.runtime.progress import progress_bar
+    from raygrow.runtime.progress import progress_bars
 
-    if wrong := [word for word in parsed.settings if "=" not in word]:
-        raise ValueError(f"{wrong[0]!r}: expected key=value, for instance factor=2")
-    settings = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in parsed.settings)}
-    operator: GrowthConfig = build(GrowthConfig, settings)
-    with progress_bar("growing") as progress:
+    operator: GrowthConfig = build(GrowthConfig, dict(map(_setting, parsed.settings)))
+    with progress_bars() as progress:
         summary = grow_folder(_model_folder(parsed.model), parsed.target, operator, progress=progress)
     (blocks, grown_blocks), (parameters, grown_parameters) = summary["n_blocks"], summary["parameters"]
     print(
@@ -147,6 +157,7 @@ def timing(parsed: argparse.Namespace) -> int:
     MODEL,
     _argument("--data", "folder of prepared data", type=Path, required=True),
     _argument("--sequences", "how many to score; 0 is all", type=int, default=0),
+    _argument("--seq-len", "tokens in each; what a run trained with, or else the model's most", type=int),
 )
 def evaluate(parsed: argparse.Namespace) -> int:
     """Loss, perplexity and bits per byte.
@@ -156,13 +167,19 @@ def evaluate(parsed: argparse.Namespace) -> int:
 
     Examples:
       raygrow evaluate runs/tiny-gstack --data data/python_source
-      raygrow evaluate models/llama --data data/mine --sequences 100
+      raygrow evaluate models/llama --data data/mine --sequences 100 --seq-len 2048
     """
     from raygrow.evaluate.perplexity import evaluate_model
-    from raygrow.runtime.progress import progress_bar
+    from raygrow.runtime.progress import progress_bars
 
-    with progress_bar("sequences") as progress:
-        record = evaluate_model(_model_folder(parsed.model), parsed.data, sequences=parsed.sequences, progress=progress)
+    with progress_bars() as progress:
+        record = evaluate_model(
+            _model_folder(parsed.model),
+            parsed.data,
+            sequences=parsed.sequences,
+            seq_len=_trained_seq_len(parsed.model) if parsed.seq_len is None else parsed.seq_len,
+            progress=progress,
+        )
     print(record.to_json(), end="")
     return 0
 
@@ -231,10 +248,33 @@ def generate(parsed: argparse.Namespace) -> int:
     from raygrow.evaluate.generate import SamplingConfig, generate_text
 
     sampling = SamplingConfig(
-        max_new_tokens=parsed.tokens, temperature=parsed.temperature, top_p=parsed.top_p, seed=parsed.seed
+        tokens=parsed.tokens, temperature=parsed.temperature, top_p=parsed.top_p, seed=parsed.seed
     )
     print(parsed.prompt + generate_text(_model_folder(parsed.model), parsed.prompt, sampling))
     return 0
+
+
+def _setting(word: str) -> tuple[str, Any]:
+    """Key and value of `key=value`."""
+    import yaml
+
+    key, equals, value = word.partition("=")
+    try:
+        if equals:
+            return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise ValueError(f"{word!r}: cannot be read as key=value, for instance factor=2")
+
+
+def _trained_seq_len(path: Path) -> int | None:
+    """Tokens in a sequence of a run's last phase; None for a folder that is no run's."""
+    from raygrow.config import from_yaml
+
+    if not (path / "run.yaml").exists():
+        return None
+    run = from_yaml((path / "run.yaml").read_text())
+    return list(run.plan.phases.values())[-1].seq_len or run.train.seq_len
 
 
 def _model_folder(path: Path) -> Path:

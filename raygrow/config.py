@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from raygrow.data.sources import DataConfig
 from raygrow.evaluate.record import commit, versions
@@ -28,24 +28,23 @@ from raygrow.train.config import PlanConfig, TrainConfig
 class WorkersConfig:
     """The processes that train. Each has its shard of the model (FSDP) and its share of every batch."""
 
-    num: int | tuple[int, int] = 1
+    num: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """How many; a pair is an elastic range, and the run goes on with whatever is there."""
-    cpus: float = 1
+    cpus: PositiveFloat = 1
     """CPU cores of one worker."""
     use_gpu: Literal["auto"] | bool = "auto"
     """`auto` gives each worker a GPU where the cluster has any."""
-    max_failures: int = 3
+    max_failures: NonNegativeInt = 3
     """How often a phase is restarted from its last checkpoint after a worker was lost."""
 
-    @property
-    def most(self) -> int:
-        """The largest number of workers."""
-        return self.num if isinstance(self.num, int) else self.num[1]
-
     def __post_init__(self) -> None:
-        least = self.num if isinstance(self.num, int) else self.num[0]
-        if not 1 <= least <= self.most:
-            raise ValueError(f"num={self.num}: must be a number from 1, or a range such as [1, 4]")
+        if not isinstance(self.num, int) and self.num[0] > self.num[1]:
+            raise ValueError(f"num={list(self.num)}: a range begins with the smaller number, such as [1, 4]")
+
+    @property
+    def fewest(self) -> int:
+        """The smallest number of workers."""
+        return self.num if isinstance(self.num, int) else self.num[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +187,7 @@ def _is_constant(hint: Any) -> bool:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 @functools.cache
@@ -207,10 +206,15 @@ def to_tree(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+def as_yaml(config: Any) -> str:
+    """A config with every key it has, as YAML."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+
+
 def to_yaml(run: RunConfig) -> str:
     """The text of `run.yaml`: the resolved configuration, and the code and versions that it ran with."""
     made_with = {"commit": commit(), "python": platform.python_version(), **versions()}
-    return yaml.safe_dump(to_tree(run) | {"made_with": made_with}, sort_keys=False, allow_unicode=True)
+    return as_yaml(run) + as_yaml({"made_with": made_with})
 
 
 def from_yaml(text: str) -> RunConfig:

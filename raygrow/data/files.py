@@ -7,7 +7,7 @@ import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,25 +15,29 @@ import pyarrow.parquet as pq
 DAMAGE = (EOFError, OSError, lzma.LZMAError, zlib.error, pa.ArrowInvalid)
 
 
-def read_file(path: Path, *, text_key: str, passage: int) -> Iterator[str]:
-    """The documents of a file, by its ending; anything that is neither `.jsonl` nor `.parquet` is plain text.
+def read_file(path: Path, *, text_key: str, passage: int) -> Iterator[Any]:
+    """The documents of a file, by its ending: `.jsonl` or `.json`, `.parquet`; anything else is plain text.
 
     Args:
         path: The file.
-        text_key: Key (jsonl) or column (parquet) of the text.
+        text_key: Key (JSON lines) or column (parquet) of the text.
         passage: Characters after which a plain text is cut, at a line end; 0 keeps it whole.
+
+    Returns:
+        Text; out of a parquet column, whatever that holds.
 
     Raises:
         ValueError: If the file is damaged or a document lacks the key; names file and line.
         UnicodeDecodeError: If it is not UTF-8.
     """
-    content = path.with_suffix("") if path.suffix in OPENERS else path
+    content = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    kind = content.suffix.lower()
     try:
-        if content.suffix == ".parquet":
+        if kind == ".parquet":
             yield from _read_parquet(path, text_key)
             return
         with _open_text(path) as lines:
-            yield from _read_jsonl(path, lines, text_key) if content.suffix == ".jsonl" else _passages(lines, passage)
+            yield from _read_jsonl(path, lines, text_key) if kind in JSON_LINES else _passages(lines, passage)
     except DAMAGE as error:
         if getattr(error, "errno", None) is not None:  # not the file's fault
             raise
@@ -42,7 +46,7 @@ def read_file(path: Path, *, text_key: str, passage: int) -> Iterator[str]:
 
 def _open_text(path: Path) -> io.TextIOWrapper:
     """Opens for reading; line ends stay as they are, a byte-order mark goes."""
-    opener = OPENERS.get(path.suffix, Path.open)
+    opener = OPENERS.get(path.suffix.lower(), Path.open)
     return io.TextIOWrapper(cast(IO[bytes], opener(path, "rb")), encoding="utf-8-sig", newline="\n")
 
 
@@ -51,6 +55,7 @@ def _open_zstd(path: Path, _mode: str) -> pa.NativeFile:
 
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstd}
+JSON_LINES = (".jsonl", ".json")
 
 
 def _passages(lines: Iterable[str], length: int) -> Iterator[str]:
@@ -73,7 +78,7 @@ def _read_jsonl(path: Path, lines: Iterable[str], text_key: str) -> Iterator[str
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: is not JSON ({error})") from error
+            raise ValueError(f"{path}:{number}: is not JSON ({error}); each line has to hold one document") from error
         text = row.get(text_key) if isinstance(row, dict) else None
         if not isinstance(text, str):
             keys = ", ".join(row) if isinstance(row, dict) else "no keys"
@@ -81,10 +86,10 @@ def _read_jsonl(path: Path, lines: Iterable[str], text_key: str) -> Iterator[str
         yield text.encode("utf-8", "replace").decode("utf-8")  # an escape such as \ud800 is no character by itself
 
 
-def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+def _read_parquet(path: Path, text_key: str) -> Iterator[Any]:
     with pq.ParquetFile(path) as table:
         if text_key not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise ValueError(f"{path}: has no column {text_key!r}, only {names}; set data.text_key")
         for batch in table.iter_batches(batch_size=1000, columns=[text_key]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+            yield from batch.column(0).to_pylist()

@@ -22,11 +22,12 @@ from raygrow.data.shards import (
     check_tokenizer,
     load_manifest,
 )
-from raygrow.data.sources import DataConfig, Progress, list_parts, read_documents, silent
+from raygrow.data.sources import DataConfig, list_parts, read_documents
+from raygrow.progress import Progress, silent
 from raygrow.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from raygrow.weights.atomic import new_folder
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 4_000_000
 """Text tokenized at a time: enough to keep every core busy."""
@@ -74,6 +75,8 @@ def prepare(config: DataConfig, *, progress: Progress = silent, engine: Engine |
     folder = Path(config.path)
     if folder.is_dir() and any(folder.iterdir()):
         return _finished(config)
+    if folder.resolve() == Path.cwd():
+        raise ValueError(f"data.path={config.path}: is the folder that you are in; name one to be made")
     tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
     with new_folder(folder, replace=folder.is_dir()) as aside:
         splits = (engine or read_corpus)(config, progress)
@@ -208,5 +211,5 @@ def _finished(config: DataConfig) -> Manifest:
         )
     if config.tokenizer.path:
         check_tokenizer(manifest, load_tokenizer(config.tokenizer.path), name=config.tokenizer.path)
-    log.info("%s is already prepared", config.path)
+    logger.info("%s is already prepared", config.path)
     return manifest

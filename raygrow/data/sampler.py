@@ -99,7 +99,7 @@ def _first_windows(tokens: Tokens, window: int) -> np.ndarray:
     if not sum(counts):
         raise ValueError(
             f"the {tokens.split} split holds {tokens.n_tokens} tokens, too few for a sequence of {window} + 1: "
-            "prepare more text, raise data.validation_share or lower train.seq_len"
+            "prepare more text, raise data.validation_share or choose a shorter seq_len"
         )
     return np.cumsum([0, *counts])
 

@@ -1,6 +1,6 @@
-"""Where text comes from: Python code on this machine, files, or any `datasets` path.
+"""Corpora, where text comes from: Python code on this machine, files, or any `datasets` path.
 
-A source lists its parts (files, or slices of a dataset) and reads one part at a time, so that one process or many
+A corpus lists its parts (files, or slices of a dataset) and reads one part at a time, so that one process or many
 workers can share the reading.
 """
 
@@ -9,33 +9,27 @@ import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from raygrow.data.files import read_file
+from raygrow.progress import Progress, silent
 
-log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int, str], None]
-"""Called with what is done, the total, and what is counted, e.g. `(3, 40, "files read")`."""
+logger = logging.getLogger(__name__)
 
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 DATASET_PARTS = 32
 
 
-def silent(done: int, total: int, unit: str) -> None:
-    """Progress that nobody wants to see."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Which tokenizer the data is written with."""
+    """Which tokenizer a corpus is written with."""
 
     path: str | None = None
-    """Folder of a finished tokenizer (any Hugging Face model folder will do); none trains one on the data."""
+    """Folder of a finished tokenizer (any Hugging Face model folder will do); none trains one on the corpus."""
     vocab_size: int = 4096
     """Size of a trained tokenizer."""
     train_bytes: int = 32_000_000
@@ -49,7 +43,7 @@ class CorpusConfig:
     kind: str
     """Tells the kinds of corpus apart."""
     path: str
-    """Folder to write the prepared data to."""
+    """Folder to write the prepared corpus to."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     validation_share: float = 0.01
     """Share of the documents kept for validation."""
@@ -100,7 +94,7 @@ class DatasetCorpus(CorpusConfig):
 
 
 DataConfig = PythonCorpus | FilesCorpus | DatasetCorpus
-"""Any corpus, told apart by its `kind`."""
+"""Any corpus, told apart by its `kind`; what stands under the key `data`."""
 
 
 def list_parts(config: DataConfig) -> list[str]:
@@ -115,11 +109,11 @@ def list_parts(config: DataConfig) -> list[str]:
     if isinstance(config, FilesCorpus):
         return _matching_files(_as_tuple(config.files))
     n_parts = min(DATASET_PARTS, len(_load_dataset(config)))
-    return [f"{part}/{n_parts}" for part in range(n_parts)]
+    return [f"{config.dataset}:{part}/{n_parts}" for part in range(n_parts)]
 
 
 def read_documents(config: DataConfig, parts: Sequence[str], *, progress: Progress = silent) -> Iterator[str]:
-    """The documents in some parts of a corpus, in order. Blank ones are left out.
+    """The documents in some parts of a corpus, in order. Blank and missing ones are left out.
 
     Raises:
         ValueError: If a part cannot be read; names the file, and the line where there is one.
@@ -127,23 +121,28 @@ def read_documents(config: DataConfig, parts: Sequence[str], *, progress: Progre
     skipped = 0
     for done, part in enumerate(parts, 1):
         try:
-            yield from (text for text in _read_part(config, part) if text and not text.isspace())
+            for text in _read_part(config, part):
+                if text is not None and not isinstance(text, str):
+                    key = getattr(config, "text_key", None)
+                    raise ValueError(f"{part}: data.text_key={key} holds {type(text).__name__} values, not text")
+                if text and not text.isspace():
+                    yield text
         except UnicodeDecodeError as error:
             if not isinstance(config, PythonCorpus):
                 raise ValueError(f"{part}: is not UTF-8 text ({error}); convert it, for example with iconv") from error
             skipped += 1
         progress(done, len(parts), "parts read")
     if skipped:
-        log.warning("skipped %d Python files that are not UTF-8", skipped)
+        logger.warning("skipped %d Python files that are not UTF-8", skipped)
 
 
-def _read_part(config: DataConfig, part: str) -> Iterator[str]:
+def _read_part(config: DataConfig, part: str) -> Iterator[Any]:
     if isinstance(config, PythonCorpus):
         yield Path(part).read_bytes().decode("utf-8-sig")
     elif isinstance(config, FilesCorpus):
         yield from read_file(Path(part), text_key=config.text_key, passage=config.passage)
     else:
-        index, n_parts = map(int, part.split("/"))
+        index, n_parts = map(int, part.rpartition(":")[2].split("/"))
         rows = _load_dataset(config).select_columns(config.text_key).shard(n_parts, index, contiguous=True)
         for batch in rows.iter(batch_size=1000):
             yield from batch[config.text_key]

@@ -30,7 +30,8 @@ class SamplingConfig:
         ValueError: If a field is out of range.
     """
 
-    max_new_tokens: int = 200
+    tokens: int = 200
+    """To add at most."""
     temperature: float = 0.0
     """0 always takes the likeliest token (greedy)."""
     top_p: float = 1.0
@@ -38,8 +39,8 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens}: must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature}: must not be negative; 0 is greedy")
         if not 0 < self.top_p <= 1:
@@ -91,7 +92,7 @@ def generate_tokens(model: Rack, prompt: list[int], sampling: SamplingConfig, *,
         raise ValueError("attention_mode=bidirectional: this model cannot generate text from left to right")
     if not 0 < len(prompt) < config.max_seq_len:
         raise ValueError(f"the prompt has {len(prompt)} tokens; this model takes 1 to {config.max_seq_len - 1}")
-    room = min(sampling.max_new_tokens, config.max_seq_len - len(prompt))
+    room = min(sampling.tokens, config.max_seq_len - len(prompt))
     cache = KeyValueCache(config, max_tokens=len(prompt) + room, dtype=weight.dtype, device=weight.device)
     generator = torch.Generator().manual_seed(sampling.seed)
     new = prompt
@@ -126,5 +127,7 @@ def generate_text(model_folder: Path, prompt: str, sampling: SamplingConfig, *, 
     place = choose_device(device)
     logger.info("generating with %s on %s", model_folder, place)
     model = load_model(model_folder, device=place).eval()
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    return tokenizer.decode(list(generate_tokens(model, ids, sampling, eos_id=tokenizer.eos_id)))
+    ids = tokenizer.encode(prompt, special_tokens=True) or [tokenizer.eos_id]
+    whole = [*ids, *generate_tokens(model, ids, sampling, eos_id=tokenizer.eos_id)]
+    # together, because some tokenizers drop a space in front of the first token of a text
+    return tokenizer.decode(whole)[len(tokenizer.decode(ids)) :]

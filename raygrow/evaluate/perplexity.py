@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,13 +16,11 @@ from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import MANIFEST_FILE, check_tokenizer, open_tokens
 from raygrow.evaluate.record import choose_device, commit, sha256_of, versions
 from raygrow.nn.score import bits_per_byte, sum_loss
+from raygrow.progress import Progress, silent
 from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from raygrow.weights.folder import load_model
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""`progress(sequences_done, sequences_in_all)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +61,7 @@ def evaluate_model(
     seq_len: int | None = None,
     batch_size: int = 8,
     device: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> EvaluationRecord:
     """Scores a model folder on the validation split, in the precision that its weights are stored in.
 
@@ -78,9 +76,11 @@ def evaluate_model(
 
     Raises:
         FileNotFoundError: If a folder or a file in it is missing.
-        ValueError: If a file is damaged, the data was prepared with another tokenizer than the model's, or the split is
-            shorter than one sequence.
+        ValueError: If a file is damaged, the data was prepared with another tokenizer than the model's, the split is
+            shorter than one sequence, or a number is out of range.
     """
+    if sequences < 0:
+        raise ValueError(f"sequences={sequences}: must be at least 1, or 0 for all")
     tokens = open_tokens(data_path, "validation")
     if (model_folder / TOKENIZER_FILE).is_file():
         check_tokenizer(tokens.manifest, load_tokenizer(model_folder), name=f"the tokenizer of {model_folder}")
@@ -91,7 +91,10 @@ def evaluate_model(
             f"{model_folder} knows {model.config.vocab_size} tokens, but {data_path} was prepared with a tokenizer of "
             f"{tokens.manifest.vocab_size}: prepare the data with the model's own tokenizer"
         )
-    batch = fixed_batch(tokens, sequences, seq_len or model.config.max_seq_len)
+    seq_len = model.config.max_seq_len if seq_len is None else seq_len
+    if not 1 <= seq_len <= model.config.max_seq_len:
+        raise ValueError(f"seq_len={seq_len}: this model takes 1 to {model.config.max_seq_len} tokens")
+    batch = fixed_batch(tokens, sequences, seq_len)
     logger.info("evaluating %s on %s, %d sequences of %d tokens", model_folder, place, *batch[0].shape)
     started = time.perf_counter()
     total, count = sum_loss(model, _parts(batch, batch_size, place, progress))
@@ -114,11 +117,10 @@ def evaluate_model(
 
 
 def _parts(
-    batch: tuple[Tensor, Tensor], size: int, device: torch.device, progress: Progress | None
+    batch: tuple[Tensor, Tensor], size: int, device: torch.device, progress: Progress
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batch in pieces of `size` sequences on the device; says so when one has been dealt with."""
     inputs_BT, targets_BT = batch
     for start in range(0, len(inputs_BT), size):
         yield inputs_BT[start : start + size].to(device), targets_BT[start : start + size].to(device)
-        if progress:
-            progress(min(start + size, len(inputs_BT)), len(inputs_BT))
+        progress(min(start + size, len(inputs_BT)), len(inputs_BT), "sequences scored")

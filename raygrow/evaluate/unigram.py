@@ -1,6 +1,5 @@
 """The loss of a model that knows only how frequent each token is: what training has to get well below."""
 
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ SAMPLE_TOKENS = 2**25
 CHUNK_TOKENS = 2**22
 
 
-@lru_cache(maxsize=8)
 def unigram_loss(data: Path) -> float:
     """Nats per token of the train split's token frequencies on the validation split, add-one smoothed.
 

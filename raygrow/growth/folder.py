@@ -1,7 +1,7 @@
 """Growing a model folder into another, tensor by tensor: the model is never in memory, whatever its size."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,13 @@ from torch import Tensor
 
 from raygrow.growth.operator import GrowthConfig
 from raygrow.nn import cost
+from raygrow.progress import Progress, silent
 from raygrow.weights.apply import apply_rules
 from raygrow.weights.folder import open_folder, write_folder
 
-Progress = Callable[[int, int], None]
-"""Called with the tensors written so far and their number."""
-
 
 def grow_folder(
-    source: str | Path, target: str | Path, operator: GrowthConfig, *, progress: Progress | None = None
+    source: str | Path, target: str | Path, operator: GrowthConfig, *, progress: Progress = silent
 ) -> dict[str, Any]:
     """Writes the grown model of a folder as a new folder of the same format and dtypes, tokenizer included.
 
@@ -42,8 +40,7 @@ def grow_folder(
     def grown() -> Iterator[tuple[str, Tensor]]:
         for done, pair in enumerate(apply_rules(growth.rules, folder.tensors), start=1):
             yield pair
-            if progress is not None:
-                progress(done, len(growth.rules))
+            progress(done, len(growth.rules), "tensors written")
 
     write_folder(
         target,

@@ -1,7 +1,7 @@
 """The shape of a model: everything that decides which tensors a Rack holds and what they compute."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +11,7 @@ class ModelConfig:
     The grouping into Stacks is data: parameter names run flat over all Blocks, so regrouping renames nothing.
 
     Raises:
-        ValueError: If a field is out of range or two fields contradict each other.
+        ValueError: If a field is of the wrong type or out of range, or two fields contradict each other.
     """
 
     vocab_size: int
@@ -37,6 +37,7 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not self.n_kv_heads:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         for name in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_stacks", "blocks_per_stack"):
@@ -52,6 +53,15 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even head_dim")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+
+    def _check_types(self) -> None:
+        # a config.json may hold anything, and an unknown choice would only fail when the model is built, or never
+        for name, hint in get_type_hints(ModelConfig).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if choices and value not in choices:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
+            if not choices and not isinstance(value, (int, float) if hint is float else hint):
+                raise ValueError(f"{name}={value!r}: must be of type {hint.__name__}")
 
     @property
     def n_blocks(self) -> int:

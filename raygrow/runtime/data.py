@@ -25,7 +25,8 @@ from raygrow.data.prepare import (
     tokenize_texts,
 )
 from raygrow.data.shards import Manifest
-from raygrow.data.sources import DataConfig, Progress, list_parts, read_documents, silent
+from raygrow.data.sources import DataConfig, list_parts, read_documents
+from raygrow.progress import Progress, silent
 from raygrow.runtime.cluster import connect
 from raygrow.text.tokenizer import Tokenizer
 

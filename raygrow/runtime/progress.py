@@ -1,31 +1,23 @@
-"""One progress bar for whatever counts: documents, tensors, sequences."""
+"""Progress bars for whatever counts: documents, tensors, sequences."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
-
-class Report(Protocol):
-    """Called as work goes on: how much is done, of how much, and of what."""
-
-    def __call__(self, done: int, total: int, what: str = ..., /) -> None: ...
+from raygrow.progress import Progress
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Report]:
-    """Shows a bar on standard error while the body runs, and one for every other `what` that is reported.
-
-    Args:
-        what: The name of the work, where a report gives none.
-    """
+def progress_bars() -> Iterator[Progress]:
+    """Shows a bar on standard error for everything that is counted while the body runs."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=Console(stderr=True))
+    bars = Bars(*columns, console=Console(stderr=True))
     tasks: dict[str, TaskID] = {}
 
-    def report(done: int, total: int, what: str = what, /) -> None:
+    def report(done: int, total: int, what: str) -> None:
         if what not in tasks:
             bars.start()
             tasks[what] = bars.add_task(what)

@@ -17,7 +17,17 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
-COMPANION_FILES = (SETTINGS_FILE, "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    SETTINGS_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+"""Files that make up a tokenizer; a folder has some of them."""
 COMMON_END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -53,9 +63,9 @@ class Tokenizer:
         """Pickles the files: the backend by itself would forget what was set on it."""
         return Tokenizer, (self._files,)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of one text, no special tokens added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of one text; on request with what the tokenizer puts around it, such as a token that begins it."""
+        return self._backend.encode(text, add_special_tokens=special_tokens).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of many texts, on all cores."""
@@ -119,7 +129,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer({TOKENIZER_FILE: path.read_bytes()}, origin=str(path))
     if not (path / TOKENIZER_FILE).exists():
         return _convert(path)
-    names = [name for name in (TOKENIZER_FILE, *COMPANION_FILES) if (path / name).exists()]
+    names = [name for name in TOKENIZER_FILES if (path / name).exists()]
     return Tokenizer({name: (path / name).read_bytes() for name in names}, origin=str(path))
 
 

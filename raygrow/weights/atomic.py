@@ -1,4 +1,4 @@
-"""Folders that appear under their name only when they are complete."""
+"""Files and folders that appear under their name only when they are complete."""
 
 import errno
 import os
@@ -20,26 +20,53 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: If `path` is there already and `replace` is not set.
-        OSError: If the disk is full; the message names `path`. Other errors of the block pass as they are.
+        OSError: If the folder cannot be written; names `path`. Other errors of the block pass as they are.
     """
     if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already: remove it or choose another name")
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    final = path.resolve()
+    aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            os.rename(path, old)
-            os.rename(aside, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(aside, path)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        reason = f"{os.strerror(error.errno)}: {path} could not be written, nothing is left of it; free some space"
-        raise OSError(error.errno, reason) from error
+        with _errors_name(path, aside):
+            aside.mkdir(parents=True)
+            yield aside
+            if final.exists():
+                old = final.with_name(f".{final.name}.old-{os.getpid()}")
+                os.rename(final, old)
+                os.rename(aside, final)
+                shutil.rmtree(old)
+            else:
+                os.rename(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Writes a file beside `path`, then renames it over what is there.
+
+    Raises:
+        OSError: If it cannot be written; names `path`, which is as it was.
+    """
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with _errors_name(path, aside):
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _errors_name(path: Path, aside: Path) -> Iterator[None]:
+    """Has errors name `path` instead of what stands for it meanwhile, and say that nothing is left on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            reason = f"{os.strerror(error.errno)}: {path} could not be written, nothing is left of it; free some space"
+            raise OSError(error.errno, reason) from error
+        name = str(error.filename)
+        if not name.startswith(str(aside)):
+            raise
+        raise OSError(error.errno, error.strerror, name.replace(str(aside), str(path), 1)) from error

@@ -12,27 +12,18 @@ from torch import Tensor
 
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.rack import Rack
-from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
+from raygrow.text.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, load_tokenizer
 from raygrow.weights.apply import Derived
 from raygrow.weights.atomic import new_folder
-from raygrow.weights.hf import from_hf_config, hf_name, is_derived, to_hf_config, updated_hf_config
+from raygrow.weights.hf import HEAD, from_hf_config, hf_name, is_derived, to_hf_config, updated_hf_config
+from raygrow.weights.json_file import read_json
 from raygrow.weights.rules import copy_rule
 from raygrow.weights.safetensors_io import MAX_SHARD_BYTES, SafetensorsFolder, write_safetensors
 from raygrow.weights.shapes import meta_rack, parameter_shapes
 
 Format = Literal["raygrow", "hf"]
 
-TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 """Files that go with a model wherever it goes; a folder has some of them."""
 
 
@@ -59,7 +50,7 @@ def open_folder(path: str | Path) -> ModelFolder:
     path = Path(path)
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} is not a model folder: it has no config.json")
-    settings = json.loads((path / "config.json").read_text())
+    settings = read_json(path / "config.json")
     own = settings.get("model_type") == "raygrow"
     try:
         config = _own_config(settings) if own else from_hf_config(settings)
@@ -112,7 +103,7 @@ def write_folder(
         config: The model.
         tensors: Every parameter under raygrow's name, in any order. A tied model has no head.
         format: `raygrow`, or `hf` for a Hugging Face Llama.
-        tokenizer_from: A folder whose tokenizer files are copied along.
+        tokenizer_from: A folder whose tokenizer files, and settings of generation, are copied along.
         dtype: Converts the parameters; each keeps its own when not given.
         settings: For `hf`, the config.json of the Llama that this one was made from: keys of it that the new shape
             does not change are kept.
@@ -139,20 +130,21 @@ def write_folder(
             description |= dict.fromkeys(("dtype", "torch_dtype"), stored_dtype)
         (aside / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         if tokenizer_from is not None:
-            copy_tokenizer(Path(tokenizer_from), aside)
+            _copy_companions(Path(tokenizer_from), aside)
     return path
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer files that `source` has."""
-    for name in TOKENIZER_FILES:
+def _copy_companions(source: Path, target: Path) -> None:
+    for name in COMPANION_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
 
 
 def _own_config(settings: dict[str, Any]) -> ModelConfig:
     known = {field.name for field in fields(ModelConfig)}
-    model = settings.get("model", {})
+    model = settings.get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"model={model!r}: the fields of the model have to be here")
     if unknown := sorted(set(model) - known):
         raise ValueError(f"model.{unknown[0]} is not a field of a model: written by another version of raygrow?")
     try:
@@ -188,6 +180,13 @@ def _check_stored(
     for name in found:
         if name not in expected and not is_derived(name, config):
             raise ValueError(f"{folder}: tensor {name!r} has no place in the model that its config.json describes")
+    embedding = hf_name("embedding.weight")
+    tied_twice = config.tie_embeddings and HEAD in found and embedding in found
+    if tied_twice and not torch.equal(stored[HEAD], stored[embedding]):
+        raise ValueError(
+            f"{folder}: its config.json says tie_word_embeddings=true, but {HEAD} is stored and is not the embedding: "
+            "set tie_word_embeddings to false there, or remove that tensor"
+        )
 
 
 def _checked(

@@ -16,8 +16,10 @@ _MODULES = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
+HEAD = "lm_head.weight"
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 
+_REQUIRED = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")
 # what a Llama always is: ModelConfig field -> its value
 _ALWAYS = {"mlp": "swiglu", "norm": "rmsnorm", "qk_norm": False, "attention_mode": "causal"}
 
@@ -29,13 +31,13 @@ def hf_name(name: str) -> str:
     return {
         "embedding.weight": "model.embed_tokens.weight",
         "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
+        "head.weight": HEAD,
     }[name]
 
 
 def is_derived(name: str, config: ModelConfig) -> bool:
     """Whether a stored tensor says nothing new: rotary tables of old checkpoints, or the head of a tied model."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == HEAD)
 
 
 def from_hf_config(settings: dict[str, Any]) -> ModelConfig:
@@ -50,25 +52,25 @@ def from_hf_config(settings: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"hidden_act={settings['hidden_act']!r}: only silu is supported")
     if settings.get("quantization_config"):
         raise ValueError("quantization_config: quantized checkpoints cannot be read, use the original weights")
-    try:
-        return ModelConfig(
-            vocab_size=settings["vocab_size"],
-            d_model=settings["hidden_size"],
-            n_heads=settings["num_attention_heads"],
-            n_kv_heads=settings.get("num_key_value_heads") or 0,
-            head_dim=settings.get("head_dim") or 0,
-            d_ff=settings["intermediate_size"],
-            blocks_per_stack=settings["num_hidden_layers"],
-            max_seq_len=settings.get("max_position_embeddings", 2048),
-            norm_eps=settings.get("rms_norm_eps", 1e-6),
-            rope_theta=_rope_theta(settings),
-            attention_bias=settings.get("attention_bias", False),
-            mlp_bias=settings.get("mlp_bias", False),
-            tie_embeddings=settings.get("tie_word_embeddings", False),
-            init_std=settings.get("initializer_range", 0.02),
-        )
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]} is missing from the model's config.json") from error
+    for key in _REQUIRED:
+        if settings.get(key) is None:
+            raise ValueError(f"{key} is missing from the model's config.json")
+    return ModelConfig(
+        vocab_size=settings["vocab_size"],
+        d_model=settings["hidden_size"],
+        n_heads=settings["num_attention_heads"],
+        n_kv_heads=settings.get("num_key_value_heads") or 0,
+        head_dim=settings.get("head_dim") or 0,
+        d_ff=settings["intermediate_size"],
+        blocks_per_stack=settings["num_hidden_layers"],
+        max_seq_len=settings.get("max_position_embeddings", 2048),
+        norm_eps=settings.get("rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(settings),
+        attention_bias=settings.get("attention_bias", False),
+        mlp_bias=settings.get("mlp_bias", False),
+        tie_embeddings=settings.get("tie_word_embeddings", False),
+        init_std=settings.get("initializer_range", 0.02),
+    )
 
 
 def to_hf_config(config: ModelConfig, *, eos_id: int | None = None) -> dict[str, Any]:
@@ -118,8 +120,9 @@ def updated_hf_config(settings: dict[str, Any], config: ModelConfig) -> dict[str
 
 
 def _rope_theta(settings: dict[str, Any]) -> float:
-    # transformers 5 holds theta and scaling in `rope_parameters`, 4 holds theta beside `rope_scaling`
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    # transformers 5 holds theta and scaling in `rope_parameters`, 4 holds theta beside `rope_scaling`; where both are,
+    # transformers goes by the older one
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope scaling {kind!r}: only unscaled rotary positions (default) are supported")

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from raygrow.weights.json_file import read_json
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -40,7 +42,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
     Raises:
         FileNotFoundError: If the folder has no safetensors, or a file that its index names is missing.
-        ValueError: If a file is damaged or does not hold what the index says.
+        ValueError: If a file is damaged, does not hold what the index says, or stores a tensor in a dtype that raygrow
+            does not know.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,6 +55,10 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         for name, file in index.items():
             if self._file_of.get(name) != file:
                 raise ValueError(f"tensor {name!r} is missing from {path / file}, where {INDEX_FILE} says it is")
+        for name, file in self._file_of.items():
+            dtype = self._opened[file].get_slice(name).get_dtype()
+            if dtype not in _DTYPE_NAMES.values():
+                raise ValueError(f"{path / file}: tensor {name!r} is stored as {dtype}; convert the model to bfloat16")
 
     def __getitem__(self, name: str) -> Tensor:
         return self._opened[self._file_of[name]].get_tensor(name)
@@ -158,7 +165,10 @@ def _name_shards(folder: Path, shards: list[_Shard]) -> None:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file; empty for a folder with a single file."""
     if (path / INDEX_FILE).exists():
-        return json.loads((path / INDEX_FILE).read_text())["weight_map"]
+        weight_map = read_json(path / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{path / INDEX_FILE} has no `weight_map`, which says where each tensor is: copy it again")
+        return weight_map
     if not (path / SINGLE_FILE).exists():
         raise FileNotFoundError(
             f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: raygrow reads safetensors only, convert other "

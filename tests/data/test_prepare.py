@@ -1,6 +1,7 @@
 """Preparing a corpus: what ends up in the shards, and that nothing half-written does."""
 
 import json
+import lzma
 import resource
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from raygrow.data.shards import load_manifest, open_tokens
 from raygrow.data.sources import FilesCorpus, TokenizerConfig
 from raygrow.text.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 
-SHAKESPEARE = Path(__file__).parents[3] / "shared/data/tinyshakespeare/input.txt.xz"
+ROOT = Path(__file__).parents[2]
 
 
 def content(folder: str | Path) -> dict[str, bytes]:
@@ -76,6 +77,16 @@ def test_finished_folder_is_left_alone(corpus: FilesCorpus, caplog: pytest.LogCa
         prepare(replace(corpus, validation_share=0.3))
     with pytest.raises(ValueError, match=r"data\.tokenizer was .*280.*, is .*290"):
         prepare(replace(corpus, tokenizer=TokenizerConfig(vocab_size=290)))
+
+
+def test_the_folder_one_is_in_is_not_replaced(
+    corpus: FilesCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"^data\.path=\.: is the folder that you are in"):
+        prepare(replace(corpus, path="."))
+    assert Path.cwd().samefile(tmp_path / "empty")
 
 
 def test_folder_with_other_files_is_not_touched(corpus: FilesCorpus) -> None:
@@ -185,10 +196,14 @@ def test_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="no copy of tinyshakespeare beside the repository")
 def test_a_book_in_one_file_is_prepared_whole(tmp_path: Path) -> None:
-    tokenizer = TokenizerConfig(vocab_size=1000, train_bytes=300_000)
-    manifest = prepare(FilesCorpus(path=str(tmp_path / "out"), files=str(SHAKESPEARE), tokenizer=tokenizer))
-    assert sum(split.bytes for split in manifest.splits.values()) == 1_115_394
+    book = "".join(file.read_text() for file in sorted(ROOT.glob("raygrow/**/*.py")))
+    (tmp_path / "book.txt.xz").write_bytes(lzma.compress(book.encode()))
+    tokenizer = TokenizerConfig(vocab_size=1000, train_bytes=100_000)
+    config = FilesCorpus(
+        path=str(tmp_path / "out"), files=str(tmp_path / "book.txt.xz"), tokenizer=tokenizer, passage=4000
+    )
+    manifest = prepare(config)
+    assert sum(split.bytes for split in manifest.splits.values()) == len(book.encode())
     assert manifest.splits["train"].documents > 50
     assert 2 < open_tokens(tmp_path / "out", "validation").bytes_per_token < 4

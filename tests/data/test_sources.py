@@ -51,6 +51,26 @@ def test_parquet_column_is_read_and_nulls_are_not_documents(tmp_path: Path) -> N
         read(files(tmp_path / "a.parquet", text_key="body"))
 
 
+def test_a_column_that_holds_no_text_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: data\.text_key=text holds int values"):
+        read(files(tmp_path / "a.parquet"))
+    datasets.Dataset.from_dict({"text": [["a"], ["b"]]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved:0/2: data\.text_key=text holds list values"):
+        read(DatasetCorpus(path="unused", dataset=str(tmp_path / "saved")))
+
+
+def test_endings_are_read_in_any_case_and_json_as_lines(tmp_path: Path) -> None:
+    for name in ("a.JSONL", "b.json", "c.Json.GZ"):
+        row = json.dumps({"text": name}) + "\n"
+        (tmp_path / name).write_bytes(gzip.compress(row.encode()) if name.endswith("GZ") else row.encode())
+    pq.write_table(pa.table({"text": ["d.PARQUET"]}), tmp_path / "d.PARQUET")
+    assert read(files(tmp_path)) == ["a.JSONL", "b.json", "c.Json.GZ", "d.PARQUET"]
+    (tmp_path / "e.json").write_text('[\n{"text": "one"}\n]\n')
+    with pytest.raises(ValueError, match=r"e\.json:1: is not JSON .*each line has to hold one document"):
+        read(files(tmp_path / "e.json"))
+
+
 def test_files_come_from_globs_folders_and_lists_once_each(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("a.txt", "deep/b.txt"):

@@ -2,12 +2,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from raygrow.evaluate.generate import KeyValueCache, SamplingConfig, choose, generate_text, generate_tokens
 from raygrow.nn.config import ModelConfig
+from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
-from raygrow.text.tokenizer import Tokenizer
+from raygrow.text.tokenizer import Tokenizer, load_tokenizer
+from raygrow.weights.folder import load_model, write_folder
 
 PROMPT = [5, 17, 200, 31]
 
@@ -22,7 +25,7 @@ def recomputed(model: Rack, prompt: list[int], n: int) -> list[int]:
 
 
 def test_cached_tokens_equal_recomputed_ones(model: Rack):
-    sampling = SamplingConfig(max_new_tokens=30)
+    sampling = SamplingConfig(tokens=30)
     cached = list(generate_tokens(model, PROMPT, sampling, eos_id=None))
     assert cached == recomputed(model, PROMPT, 30)
     assert len(set(cached)) > 3
@@ -39,7 +42,7 @@ def test_cached_logits_equal_a_full_pass(model: Rack, config: ModelConfig):
 
 
 def test_generation_ends_at_end_of_text_and_at_a_full_context(model: Rack, config: ModelConfig):
-    sampling = SamplingConfig(max_new_tokens=1000)
+    sampling = SamplingConfig(tokens=1000)
     whole = list(generate_tokens(model, PROMPT, sampling, eos_id=None))
     assert len(whole) == config.max_seq_len - len(PROMPT)
     stop = whole[4]
@@ -47,11 +50,36 @@ def test_generation_ends_at_end_of_text_and_at_a_full_context(model: Rack, confi
 
 
 def test_a_seed_gives_the_same_text(model_folder: Path):
-    sampling = SamplingConfig(max_new_tokens=20, temperature=1.0, top_p=0.9, seed=1)
+    sampling = SamplingConfig(tokens=20, temperature=1.0, top_p=0.9, seed=1)
     text = generate_text(model_folder, "def f", sampling, device="cpu")
     assert text == generate_text(model_folder, "def f", sampling, device="cpu")
     assert text != generate_text(model_folder, "def f", replace(sampling, seed=2), device="cpu")
-    assert generate_text(model_folder, "", SamplingConfig(max_new_tokens=3), device="cpu")
+    assert generate_text(model_folder, "", SamplingConfig(tokens=3), device="cpu")
+
+
+@pytest.fixture
+def sentencepiece_folder(tmp_path: Path) -> Path:
+    """A model whose tokenizer is of Llama's kind: a token begins each text, and words begin with their space."""
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"▁w{i}" for i in range(60))])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = ModelConfig(vocab_size=63, d_model=16, n_heads=2, d_ff=24, blocks_per_stack=1, max_seq_len=16)
+    model = Rack(config)
+    init_weights(model, config, seed=0)
+    return write_folder(tmp_path / "model", config, model.named_parameters(), tokenizer_from=tmp_path)
+
+
+def test_a_prompt_begins_as_the_tokenizer_has_it_and_words_keep_their_spaces(sentencepiece_folder: Path):
+    model, tokenizer = load_model(sentencepiece_folder), load_tokenizer(sentencepiece_folder)
+    sampling = SamplingConfig(tokens=4)
+    new = list(generate_tokens(model, [1, 5, 6], sampling, eos_id=None))
+    text = generate_text(sentencepiece_folder, "w2 w3", sampling, device="cpu")
+    assert "w2 w3" + text == tokenizer.decode([5, 6, *new])
+    assert text.startswith(" w")
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():
@@ -74,7 +102,7 @@ def test_draws_follow_the_probabilities():
     assert torch.allclose(drawn / 3000, torch.tensor([0.7, 0.2, 0.1]), atol=0.03)
 
 
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("wrong", [{"tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_wrong_settings_are_named(wrong: dict[str, float]):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SamplingConfig(**wrong)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ def test_the_loss_is_that_of_plain_cross_entropy(model_folder: Path, data: Path,
         seq_len=16,
         batch_size=2,
         device="cpu",
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda *done: seen.append(done[:2]),
     )
     tokens = open_tokens(data, "validation")
     text = torch.from_numpy(tokens.window(0, 81).astype("int64"))
@@ -46,6 +46,19 @@ def test_the_record_says_what_was_measured(model_folder: Path, data: Path):
     with (model_folder / "config.json").open("a") as file:
         file.write("\n")
     assert evaluate_model(model_folder, data, device="cpu").model_sha256 != first["model_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sequences": -1}, "sequences=-1: must be at least 1, or 0 for all"),
+        ({"seq_len": 0}, "seq_len=0: this model takes 1 to 48 tokens"),
+        ({"seq_len": 49}, "seq_len=49: this model takes 1 to 48 tokens"),
+    ],
+)
+def test_numbers_out_of_range_are_named(model_folder: Path, data: Path, wrong: dict[str, int], message: str):
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(model_folder, data, device="cpu", **wrong)  # type: ignore[arg-type]
 
 
 def test_another_tokenizer_is_refused(model_folder: Path, data: Path):

@@ -47,7 +47,7 @@ def test_a_grown_hf_folder_loads_in_transformers_and_equals_the_grown_rack(llama
     seen = []
     summary = grow_folder(llama_folder, tmp_path / "grown", OPERATOR, progress=lambda *done: seen.append(done))
     assert summary["n_blocks"] == [2, 4]
-    assert seen[-1] == (39, 39)
+    assert seen[-1] == (39, 39, "tensors written")
 
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "grown", dtype=torch.float32)
     rack = gstack(load_model(llama_folder, dtype=torch.float32), growth_factor=2)

@@ -81,6 +81,9 @@ def test_writing_the_wrong_tensors_is_refused_and_leaves_nothing(rack, tmp_path,
         ({"n_stacks": 1}, r"'blocks\.1\.[a-z_.]+' has no place"),
         ({"vocab_size": 47}, r"'embedding\.weight' has shape \(48, 16\).*\(47, 16\)"),
         ({"colour": "red"}, r"model\.colour is not a field"),
+        ({"mlp": "geglu"}, r"config\.json: mlp='geglu': must be one of swiglu, gelu"),
+        ({"attention_mode": "causl"}, r"config\.json: attention_mode='causl': must be one of causal, bidirectional"),
+        ({"d_ff": None}, r"config\.json: d_ff=None: must be of type int"),
     ],
 )
 def test_a_config_that_does_not_fit_the_tensors_is_refused(rack, tmp_path, model, message):
@@ -90,6 +93,42 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused(rack, tmp_path, model
     (path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=message):
         open_folder(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": "raygrow", "mod', "is damaged or cut short"),
+        ("\x00\xff", "is damaged or cut short"),
+        ("[]", "holds a list where an object"),
+        ('{"model_type": "raygrow"}', "model=None: the fields of the model have to be here"),
+        ('{"model_type": "raygrow", "model": {}}', "missing .* required"),
+    ],
+)
+def test_a_damaged_config_is_named(rack, tmp_path, content, message):
+    path = write_folder(tmp_path / "model", CONFIG, rack.named_parameters())
+    (path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"model/config\.json.*{message}"):
+        open_folder(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}", "has no `weight_map`"), ('{"weight_map": []}', "has no `weight_map`"), ('{"weight_map', "cut short")],
+)
+def test_a_damaged_index_is_named(rack, tmp_path, content, message):
+    path = write_folder(tmp_path / "model", CONFIG, rack.named_parameters(), max_shard_bytes=1000)
+    (path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json.*{message}"):
+        open_folder(path)
+
+
+def test_a_link_to_a_folder_stays_a_link(rack, tmp_path):
+    path = write_folder(tmp_path / "model", CONFIG, rack.named_parameters())
+    (tmp_path / "link").symlink_to(path)
+    write_folder(tmp_path / "link", CONFIG, rack.named_parameters(), replace=True)
+    assert (tmp_path / "link").is_symlink()
+    assert open_folder(path).config == CONFIG
 
 
 def test_a_folder_that_is_no_model_says_so(tmp_path):

@@ -77,6 +77,15 @@ def test_old_and_new_spelling_of_rope_theta():
     assert from_hf_config(old).rope_theta == 5e5
 
 
+def test_of_two_rope_settings_the_one_that_transformers_takes():
+    both = {
+        "rope_scaling": {"rope_type": "default", "rope_theta": 5e5},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert from_hf_config({**SMALL, "model_type": "llama", **both}).rope_theta == 5e5
+    assert LlamaConfig(**SMALL, **both).rope_parameters["rope_theta"] == 5e5
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -85,6 +94,8 @@ def test_old_and_new_spelling_of_rope_theta():
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope scaling 'llama3'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"intermediate_size": None}, "intermediate_size is missing"),
+        ({"rms_norm_eps": "small"}, "norm_eps='small'"),
     ],
 )
 def test_what_raygrow_cannot_read_is_named(change, named):
@@ -130,3 +141,7 @@ def test_rotary_tables_and_a_tied_head_in_old_checkpoints_are_passed_over(tmp_pa
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
     assert "head.weight" not in open_folder(tmp_path).tensors
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=true, but lm_head\.weight is stored"):
+        open_folder(tmp_path)

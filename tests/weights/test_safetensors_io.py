@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from raygrow.weights.safetensors_io import INDEX_FILE, SafetensorsFolder, write_safetensors
 
@@ -58,6 +58,12 @@ def test_a_truncated_file_is_named(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or truncated"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_dtype_that_raygrow_does_not_know_is_named(tmp_path):
+    save_file({"small": torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'small' is stored as F8_E4M3"):
         SafetensorsFolder(tmp_path)
 
 
