@@ -3,6 +3,7 @@
 import copy
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from raygrow.growth.gstack import Gstack
@@ -64,7 +65,11 @@ def _grow_llama(model: Any, operator: GrowthConfig) -> Any:
 
     hf_config = copy.deepcopy(model.config)
     hf_config.num_hidden_layers = growth.config.n_blocks
-    target = type(model)(hf_config).to(model.device)
+    with torch.device("meta"):
+        target = type(model)(hf_config)
     target.load_state_dict(tensors, assign=True, strict=not growth.config.tie_embeddings)
     target.tie_weights()
+    # what no state dict holds: tables that do not depend on depth, and how to generate
+    target.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    target.generation_config = copy.deepcopy(model.generation_config)
     return target

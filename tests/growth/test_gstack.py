@@ -125,9 +125,12 @@ def test_a_transformers_llama_grows_into_a_transformers_llama(settings):
         vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, **settings
     )
     source = LlamaForCausalLM(config).bfloat16().eval()
+    source.generation_config.temperature = 0.3
     before = state(source)
     target = gstack(source, growth_factor=3)
     assert isinstance(target, LlamaForCausalLM)
+    assert target.generation_config == source.generation_config
+    assert target.generation_config is not source.generation_config
     assert (source.config.num_hidden_layers, target.config.num_hidden_layers) == (2, 6)
     assert (target.dtype, target.training) == (torch.bfloat16, False)
     for i, layer in enumerate(target.model.layers):
@@ -140,6 +143,18 @@ def test_a_transformers_llama_grows_into_a_transformers_llama(settings):
     for parameter in target.parameters():
         parameter.zero_()
     assert same_state(before, source.state_dict())
+
+
+@torch.no_grad()
+def test_a_llama_that_grows_is_never_filled_with_random_weights(monkeypatch):
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, rope_theta=50.0
+    )
+    source = LlamaForCausalLM(config).eval()
+    before = torch.get_rng_state()
+    target = gstack(source, growth_factor=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(target(TOKENS).logits, source(TOKENS).logits)
 
 
 def test_another_kind_of_model_is_refused():
