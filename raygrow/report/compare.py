@@ -12,7 +12,7 @@ import numpy as np
 from raygrow.report import units
 from raygrow.report.runs import Run
 
-TIE = 0.005
+TIE = 0.01
 """Nats. A smaller difference is called none: another seed moves the loss of small runs as much."""
 
 EQUAL_BUDGET = 0.02

@@ -7,9 +7,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from raygrow.report import plots
-from raygrow.report.files import replace_file
 from raygrow.report.runs import load_runs
 from raygrow.report.summary import summarize
+from raygrow.weights.atomic import replace_file
 
 TEMPLATE = "report.html.jinja"
 

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from raygrow.report import units
 from raygrow.report.compare import Comparison, Curve, compare_runs, fair, validation_curve
-from raygrow.report.files import replace_file
 from raygrow.report.runs import Run
+from raygrow.weights.atomic import replace_file
 
 INK = "#454a53"
 GROWN = ("#3d7ff0", "#0fa37f", "#a06af0", "#d4488e")

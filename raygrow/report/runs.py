@@ -4,20 +4,23 @@ A run in progress has no summary yet, perhaps no history, and may be in the midd
 """
 
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from raygrow.weights.json_file import read_json
+
 SCRATCH_SUFFIX = "-scratch"
 """The control of a run `name` is the run `name-scratch` beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
+class PhaseRecord:
     """One phase of a run, as far as it has come. Costs are the run's totals at the phase's start and end."""
 
     name: str
@@ -37,6 +40,8 @@ class Phase:
 class Run:
     """A run folder in memory."""
 
+    name: str
+    """What the report calls it; no two runs in it have the same."""
     path: Path
     settings: dict[str, Any]
     """`run.yaml`: the resolved config with commit and versions."""
@@ -46,10 +51,6 @@ class Run:
     """Verification of each growth, by the phase that it starts."""
     summary: dict[str, Any]
     """Empty while the run goes on."""
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def status(self) -> str:
@@ -64,7 +65,7 @@ class Run:
         return bool(self.growths) or any(phase and phase.get("growth") for phase in phases)
 
     @property
-    def phases(self) -> list[Phase]:
+    def phases(self) -> list[PhaseRecord]:
         """Phases that have reported, in order."""
         names = list(dict.fromkeys(line["phase"] for line in self.history))
         described = {phase["name"]: phase for phase in self.summary.get("phases", [])}
@@ -72,7 +73,7 @@ class Run:
         for name in names:
             lines = [line for line in self.history if line["phase"] == name]
             last, told = lines[-1], described.get(name, {})
-            phase = Phase(
+            phase = PhaseRecord(
                 name=name,
                 n_blocks=told.get("n_blocks"),
                 parameters=told.get("parameters") or self.growths.get(name, {}).get("parameters"),
@@ -112,20 +113,28 @@ def load_run(path: Path) -> Run:
         raise FileNotFoundError(f"{path} is no run folder: it holds neither run.yaml nor history.jsonl")
     growths = sorted((path / "growth").glob("*.json"))
     return Run(
+        name=path.resolve().name,
         path=path.resolve(),
         settings=_read_yaml(settings) if settings.is_file() else {},
         history=read_history(history) if history.is_file() else [],
-        growths={file.stem: _read_json(file) for file in growths},
-        summary=_read_json(summary) if summary.is_file() else {},
+        growths={file.stem: read_json(file) for file in growths},
+        summary=read_json(summary) if summary.is_file() else {},
     )
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Reads run folders, grown ones first, and adds the control of each where it lies beside it and is not named."""
+    """Reads run folders, grown ones first, and adds the control of each where it lies beside it and is not named.
+
+    Runs are called by the names of their folders, and by more of their paths where two have the same.
+    """
     paths = [Path(path).resolve() for path in paths]
     controls = [path.with_name(path.name + SCRATCH_SUFFIX) for path in paths]
     found = [control for control in controls if (control / "run.yaml").is_file()]
-    return sorted((load_run(path) for path in dict.fromkeys(paths + found)), key=lambda run: not run.is_grown)
+    runs = sorted((load_run(path) for path in dict.fromkeys(paths + found)), key=lambda run: not run.is_grown)
+    if len({run.name for run in runs}) < len(runs):
+        common = os.path.commonpath([run.path.parent for run in runs])
+        runs = [replace(run, name=str(run.path.relative_to(common))) for run in runs]
+    return runs
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
@@ -147,13 +156,6 @@ def read_history(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{file}:{number} is no line of a history: it lacks {', '.join(sorted(missing))}")
         lines.append(line)
     return lines
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from raygrow.evaluate.unigram import unigram_loss
 from raygrow.report import units
-from raygrow.report.compare import Comparison, compare_runs, fair, headline, sentences
+from raygrow.report.compare import TIE, Comparison, compare_runs, fair, headline, sentences
 from raygrow.report.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def comparison_table(comparisons: list[Comparison]) -> Table:
         note="Speedup = FLOPs from scratch / FLOPs grown - 1, the base model's FLOPs counted; read off between "
         "evaluations by straight lines. A run that passes a loss before its learning rate has decayed would have "
         "passed it earlier, had it been planned to end there. One run of each kind: another seed may move a loss by "
-        "about 0.01 nats.",
+        f"about {TIE:g} nats.",
     )
 
 
@@ -125,7 +126,7 @@ def growth_table(runs: list[Run]) -> Table:
                     f"{run.name}: {phase}",
                     " ".join([name, *(f"{key}={value}" for key, value in operator.items())]),
                     f"{units.count(v['source_parameters'])} → {units.count(v['parameters'])}",
-                    f"{v['output_difference']:.2g}",
+                    units.significant(v["output_difference"]),
                     f"{units.number(v['loss_before'])} → {units.number(v['loss_after'])}",
                     jump if allowed is None else f"{jump} (at most {allowed:g})",
                     "passed" if v["passed"] else "FAILED",
@@ -213,16 +214,31 @@ def _why_open(runs: list[Run]) -> str:
 
 def _against_unigram(runs: list[Run]) -> list[str]:
     """How far the first run has come from knowing no more than how frequent each token is."""
-    loss, data = runs[0].last("val_loss"), (runs[0].settings.get("data") or {}).get("path")
-    if loss is None or data is None:
-        return []
-    try:
-        unigram = unigram_loss(Path(data))
-    except (FileNotFoundError, ValueError) as error:  # a run may be read where its data is not
-        logger.info("no unigram loss in the report: %s", error)
+    loss, data = runs[0].last("val_loss"), _data_folder(runs[0])
+    unigram = _unigram_loss(data) if data else None
+    if loss is None or unigram is None:
         return []
     side = "below" if loss < unigram else "ABOVE"
     return [
         f"{runs[0].name} stands at {loss:.3f}, {abs(unigram - loss):.2f} nats {side} the {unigram:.3f} that token "
         f"frequencies alone would give."
     ]
+
+
+def _data_folder(run: Run) -> Path | None:
+    """Where the run's data lies, if that can be told: a relative path starts where a relative `storage_path` does."""
+    data, storage = Path((run.settings.get("data") or {}).get("path", "")), Path(run.settings.get("storage_path", ""))
+    if data.is_absolute():
+        return data
+    starts = (folder for folder in run.path.parents if folder / storage == run.path.parent)
+    return None if storage.is_absolute() else next((start / data for start in starts), None)
+
+
+@cache
+def _unigram_loss(data: Path) -> float | None:
+    """None for data that is not on the machine where its run is looked at, which is said once."""
+    try:
+        return unigram_loss(data)
+    except (FileNotFoundError, ValueError) as error:
+        logger.info("no unigram loss in the report: %s", error)
+        return None

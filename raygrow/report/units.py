@@ -34,6 +34,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return DASH if value is None else f"{value:.{digits}f}"
 
 
+def significant(value: float | None, digits: int = 2) -> str:
+    """A number of any size, with a fixed number of significant digits."""
+    return DASH if value is None else f"{value:.{digits}g}"
+
+
 def percent(value: float | None, *, signed: bool = False) -> str:
     """A share in percent: `5.2 %`; `+5.2 %` when signed."""
     return DASH if value is None else f"{100 * value:{'+' if signed else ''}.1f} %"

@@ -20,7 +20,7 @@ def run(name: str, *points: tuple[float, float], status: str = "finished") -> Ru
         {"phase": "p", "step": i, "tokens": flops, "flops": flops, "seconds": flops / 10, "val_loss": loss}
         for i, (flops, loss) in enumerate(points)
     ]
-    return Run(path=Path(name), settings={}, history=lines, growths={}, summary={"status": status})
+    return Run(name=name, path=Path(name), settings={}, history=lines, growths={}, summary={"status": status})
 
 
 def test_reach_interpolates_between_evaluations():
@@ -72,7 +72,7 @@ def test_a_longer_scratch_run_gives_the_speedup_at_the_grown_loss():
 
 
 def test_a_difference_of_noise_is_called_none():
-    verdict = compare(run("g", (100, 3.0), (300, 2.001)), run("s", (100, 3.0), (300, 2.0)))
+    verdict = compare(run("g", (100, 3.0), (300, 2.008)), run("s", (100, 3.0), (300, 2.0)))
     assert verdict is not None
     assert headline([verdict]) == "No clear difference"
 

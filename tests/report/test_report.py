@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from raygrow.data.prepare import prepare
+from raygrow.data.sources import FilesCorpus, TokenizerConfig
 from raygrow.report.html import write_report
 from raygrow.report.plots import MAX_POINTS, thinned
 from raygrow.report.text import print_summary
+from tests.report.conftest import write_run
 
 
 def printed(*runs: Path, width: int = 80) -> str:
@@ -66,6 +69,42 @@ def test_a_run_that_failed_before_its_first_step(pair: tuple[Path, Path], tmp_pa
     assert "demo failed: a shard is missing" in page
     assert "<svg" not in page
     assert "demo failed: a shard is missing" in printed(pair[0])
+
+
+def test_a_growth_without_finite_figures_shows_dashes(failed_growth: Path, tmp_path: Path):
+    assert "null" in (failed_growth / "growth/target.json").read_text()
+    page = write_report([failed_growth], tmp_path / "out").read_text()
+    for shown in (page, printed(failed_growth, width=160)):
+        assert "FAILED" in shown
+        assert "3.410 \u2192 -" in shown
+
+
+def test_runs_of_the_same_name_are_told_apart(pair: tuple[Path, Path], tmp_path: Path):
+    other = write_run(tmp_path / "elsewhere/demo", grown=True, ease=0.5)
+    page = write_report([pair[0], other], tmp_path / "out").read_text()
+    assert "Growth won 1 of 2 comparisons" in page
+    text = printed(pair[0], other, width=160)
+    assert "elsewhere/demo: target" in text
+    assert "elsewhere/demo" in page
+
+
+def test_the_loss_of_token_frequencies_is_the_same_wherever_one_looks_from(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level("INFO"):
+        assert "token frequencies" not in printed(*pair)
+        write_report([pair[0]], tmp_path / "out")
+    assert len([r for r in caplog.records if "no unigram loss" in r.getMessage()]) == 1
+
+    runs, home = tmp_path / "home/runs", tmp_path / "home"
+    run = write_run(runs / "demo", grown=True, ease=1.5, storage_path="runs")
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}: some text\n" * 5)
+    tokenizer = TokenizerConfig(vocab_size=270)
+    prepare(FilesCorpus(path=str(home / "data"), files=str(tmp_path / "*.txt"), tokenizer=tokenizer))
+    for folder in (home, runs, tmp_path):
+        monkeypatch.chdir(folder)
+        assert "that token frequencies alone would give" in " ".join(printed(run).split())
 
 
 @pytest.mark.parametrize("width", [80, 160])
