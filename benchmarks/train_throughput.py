@@ -27,8 +27,8 @@ from common import matmul_flops_per_second, write_results
 from plain_loop import PlainLoop, Settings
 
 from raygrow.config import RunConfig, WorkersConfig
+from raygrow.data.corpus import FilesCorpus
 from raygrow.data.shards import TOKENIZER_FOLDER, Manifest, ShardWriter, SplitInfo
-from raygrow.data.sources import FilesCorpus
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import parameters, peak_flops, training_flops_per_token
 from raygrow.runtime.train import train

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
-from raygrow.data.sources import DataConfig
+from raygrow.data.corpus import DataConfig
 from raygrow.evaluate.record import commit, versions
 from raygrow.nn.config import ModelConfig
 from raygrow.train.config import PlanConfig, TrainConfig

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from raygrow.data.corpus import FilesCorpus, TokenizerConfig
 from raygrow.data.prepare import prepare
-from raygrow.data.sources import FilesCorpus, TokenizerConfig
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
@@ -26,6 +26,9 @@ MODEL = [
     *("model.blocks_per_stack=2", "model.max_seq_len=32", "train.seq_len=32"),
 ]
 """CONFIG, as settings."""
+DATA = ["data=files", f"data.files=['{ROOT}/raygrow/n*/*.py']", "data.path=data"]
+DATA += ["data.tokenizer.vocab_size=300", "data.validation_share=0.2"]
+"""What the data of the tests is prepared with, as settings."""
 
 
 def failed(here: Path, *words: str, limit: int | None = None) -> str:
@@ -83,7 +86,7 @@ def here(prepared: Path, tmp_path: Path) -> Path:
 
 def train(here: Path, *words: str) -> str:
     """How `raygrow train` fails; it never gets as far as a run's folder."""
-    error = failed(here, "train", "plan=scratch", "data.path=data", *MODEL, *words)
+    error = failed(here, "train", "plan=scratch", *DATA, *MODEL, *words)
     assert not (here / "runs").exists()
     return error
 

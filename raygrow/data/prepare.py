@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from raygrow.data.corpus import DataConfig, list_parts, read_documents
 from raygrow.data.shards import (
     MANIFEST_FILE,
     TOKENIZER_FOLDER,
@@ -22,7 +23,6 @@ from raygrow.data.shards import (
     check_tokenizer,
     load_manifest,
 )
-from raygrow.data.sources import DataConfig, list_parts, read_documents
 from raygrow.progress import Progress, silent
 from raygrow.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from raygrow.weights.atomic import new_folder

@@ -15,6 +15,7 @@ import ray.data
 from ray.data import DataContext, Dataset
 from ray.exceptions import RayTaskError
 
+from raygrow.data.corpus import DataConfig, list_parts, read_documents
 from raygrow.data.prepare import (
     Documents,
     TokenBatch,
@@ -25,7 +26,6 @@ from raygrow.data.prepare import (
     tokenize_texts,
 )
 from raygrow.data.shards import Manifest
-from raygrow.data.sources import DataConfig, list_parts, read_documents
 from raygrow.progress import Progress, silent
 from raygrow.runtime.cluster import connect
 from raygrow.text.tokenizer import Tokenizer

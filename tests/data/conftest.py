@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from raygrow.data.sources import FilesCorpus, TokenizerConfig
+from raygrow.data.corpus import FilesCorpus, TokenizerConfig
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raygrow.data.corpus import FilesCorpus, TokenizerConfig
 from raygrow.data.prepare import digest, prepare
 from raygrow.data.shards import load_manifest, open_tokens
-from raygrow.data.sources import FilesCorpus, TokenizerConfig
 from raygrow.text.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +152,7 @@ def test_two_documents_make_two_splits(tmp_path: Path) -> None:
 FILL = """
 import sys
 from raygrow.data.prepare import prepare
-from raygrow.data.sources import FilesCorpus
+from raygrow.data.corpus import FilesCorpus
 try:
     prepare(FilesCorpus(path=sys.argv[1], files=sys.argv[2]))
 except OSError as error:

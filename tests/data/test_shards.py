@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raygrow.data.corpus import FilesCorpus
 from raygrow.data.prepare import prepare
 from raygrow.data.shards import ShardWriter, check_tokenizer, load_manifest, open_tokens
-from raygrow.data.sources import FilesCorpus
 from raygrow.text.tokenizer import load_tokenizer, train_tokenizer
 
 

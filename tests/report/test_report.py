@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from raygrow.data.corpus import FilesCorpus, TokenizerConfig
 from raygrow.data.prepare import prepare
-from raygrow.data.sources import FilesCorpus, TokenizerConfig
 from raygrow.report.html import write_report
 from raygrow.report.plots import MAX_POINTS, thinned
 from raygrow.report.text import print_summary

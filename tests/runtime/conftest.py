@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from raygrow.config import RunConfig, WorkersConfig
+from raygrow.data.corpus import FilesCorpus, TokenizerConfig
 from raygrow.data.prepare import prepare
-from raygrow.data.sources import FilesCorpus, TokenizerConfig
 from raygrow.growth.gstack import Gstack
 from raygrow.nn.config import ModelConfig
 from raygrow.train.config import OptimizerConfig, PhaseConfig, PlanConfig, ScheduleConfig, TrainConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from ray.data import DataContext
 
+from raygrow.data.corpus import FilesCorpus, TokenizerConfig
 from raygrow.data.prepare import prepare
-from raygrow.data.sources import FilesCorpus, TokenizerConfig
 from raygrow.runtime.data import prepare_data, prepare_with_ray
 from raygrow.text.tokenizer import END_OF_TEXT
 

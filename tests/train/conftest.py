@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from raygrow.data.corpus import FilesCorpus, TokenizerConfig
 from raygrow.data.prepare import prepare
-from raygrow.data.sources import FilesCorpus, TokenizerConfig
 
 ROOT = Path(__file__).parents[2]
 

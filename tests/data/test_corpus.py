@@ -1,4 +1,4 @@
-"""What each source reads, and what it says when it cannot."""
+"""What each corpus reads, and what it says when it cannot."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raygrow.config import build
-from raygrow.data.sources import DataConfig, DatasetCorpus, FilesCorpus, PythonCorpus, list_parts, read_documents
+from raygrow.data.corpus import DataConfig, DatasetCorpus, FilesCorpus, PythonCorpus, list_parts, read_documents
 
 TEXTS = ["one\r\ntwo\n", "\u00fcber \U0001f33f", "three"]
 
