@@ -133,7 +133,7 @@ def test_a_wrong_tree_is_named(wrong: Any, message: str) -> None:
         ("++train.micro_batch_size=128", "micro_batch_size=128 is larger than the whole batch"),
         ("++plan.phases.base.batch_size=16", None),
         ("++model.n_heads=5", "^model.d_model=192 is not a multiple of n_heads=5"),
-        ("++workers.num=[3,2]", r"^workers.num=\(3, 2\)"),
+        ("++workers.num=[3,2]", r"^workers.num=\[3, 2\]"),
         ("++name=a/b", "^name='a/b'"),
         ("++plan.phases.stacked.growth.factor=0", "^plan.phases.stacked.growth.*factor=0"),
         ("++plan.phases.stacked.growth.operator=widen", "^plan.phases.stacked.growth.operator='widen'.*gstack"),
@@ -155,6 +155,6 @@ def test_a_damaged_run_yaml_is_named(tree: dict[str, Any]) -> None:
         from_yaml(to_yaml(build(RunConfig, tree)).replace("seed:", "seeed:"))
 
 
-@pytest.mark.parametrize(("num", "most"), [(2, 2), ((1, 4), 4)])
-def test_most_workers(num: int | tuple[int, int], most: int) -> None:
-    assert WorkersConfig(num=num).most == most
+@pytest.mark.parametrize(("num", "fewest"), [(2, 2), ((1, 4), 1)])
+def test_fewest_workers(num: int | tuple[int, int], fewest: int) -> None:
+    assert WorkersConfig(num=num).fewest == fewest
