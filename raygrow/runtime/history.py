@@ -5,7 +5,9 @@ hold up short steps. Checkpoints do.
 """
 
 import json
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,13 +17,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from raygrow.runtime.run_folder import HISTORY_FILE, RunFolder
 
+CURVES_FOLDER = "tensorboard"
+
 
 @ray.remote(num_cpus=0)
 class History:
     """Keeps `history.jsonl`, the TensorBoard curves and the growth records of one run.
 
-    Lives on the driver's node and is the only writer of those files. A full disk costs lines on disk, not the run:
-    they are kept here and written once there is room.
+    Lives on the driver's node and is the only writer of those files. Lines that are not on disk yet, because an object
+    store takes whole files only or a disk is full, are kept here and written when a checkpoint is committed.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -32,14 +36,23 @@ class History:
         self._stop = False
         self._news: list[str] = []
         self._board: SummaryWriter | None = None
+        self._curves = (
+            folder.local / CURVES_FOLDER if folder.local else Path(tempfile.mkdtemp(prefix="raygrow-curves-"))
+        )
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line."""
         self._lines.append(record)
         try:
-            self._write_line(record)
+            self._append_line(record)
         except OSError:
             self._is_behind = True
+
+    def flush(self) -> None:
+        """Brings history.jsonl up to date, if there is room for it."""
+        if self._is_behind:
+            with suppress(OSError):
+                self._write_all()
 
     def rewind(self, phase: str, step: int) -> None:
         """Drops the lines of `phase` after `step`: those steps are about to be run again.
@@ -48,10 +61,9 @@ class History:
         """
         self._lines = [line for line in self._lines if line["phase"] != phase or line["step"] <= step]
         self._write_all()
-        if local := self._folder.local:
-            self._close_board()
-            first_step = self._lines[-1]["tokens"] + 1 if self._lines else 0
-            self._board = SummaryWriter(str(local / "tensorboard"), purge_step=first_step)
+        self._close_board()
+        first_step = self._lines[-1]["tokens"] + 1 if self._lines else 0
+        self._board = SummaryWriter(str(self._curves), purge_step=first_step)
         if step:
             self._news.append(f"{phase}: going on from the checkpoint of step {step}")
 
@@ -86,13 +98,14 @@ class History:
 
     def close(self) -> list[dict[str, Any]]:
         """Ends the record; returns all lines where the disk does not have them."""
+        self.flush()
         self._close_board()
         return self._lines if self._is_behind else []
 
-    def _write_line(self, record: dict[str, Any]) -> None:
+    def _append_line(self, record: dict[str, Any]) -> None:
         local = self._folder.local
         if self._is_behind or not local:
-            self._write_all()
+            self._is_behind = True
         else:
             with (local / HISTORY_FILE).open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -105,10 +118,13 @@ class History:
         self._is_behind = False
 
     def _close_board(self) -> None:
-        if self._board:
-            with suppress(OSError):  # curves are a copy of history.jsonl
-                self._board.close()
-            self._board = None
+        if not self._board:
+            return
+        with suppress(OSError):  # curves are a copy of history.jsonl
+            self._board.close()
+            for file in self._curves.iterdir() if not self._folder.local else ():
+                self._folder.upload(file, f"{CURVES_FOLDER}/{file.name}")
+        self._board = None
 
 
 def open_history(folder: RunFolder) -> ActorHandle:

@@ -1,40 +1,33 @@
-"""A run's folder, on a local disk or in an object store, behind a few whole-file calls.
-
-Files appear whole or not at all: local ones are written aside and renamed, and an object store's put is atomic.
-"""
+"""What is in a run's folder, and who may write there."""
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs
 from ray.train import Checkpoint
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from raygrow.config import RunConfig, from_yaml, to_tree, to_yaml
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import parameters
+from raygrow.runtime.storage import StoredFolder
 from raygrow.train.checkpoint import CheckpointTensors
 from raygrow.train.loop import Outcome
 from raygrow.train.plan import Phase
 from raygrow.weights.folder import write_folder
 
 HISTORY_FILE = "history.jsonl"
+TEXT_FILES = (".jsonl", ".json", ".yaml")
 CAN_CHANGE = ("workers", "control", "dry_run", "storage_path")
 """Keys that a run started again may give another value."""
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """A folder at `uri`: a local path, or an address such as s3://bucket/runs/name."""
-
-    uri: str
-    query: str = ""
-    """What follows the address and says how to reach it, such as ?region=us-east-1."""
+class RunFolder(StoredFolder):
+    """The folder of one run."""
 
     @classmethod
     def of(cls, storage_path: str, name: str) -> "RunFolder":
@@ -43,41 +36,6 @@ class RunFolder:
             return cls(f"{Path(storage_path).expanduser().resolve()}/{name}")
         base, mark, query = storage_path.partition("?")
         return cls(f"{base.rstrip('/')}/{name}", mark + query)
-
-    @property
-    def local(self) -> Path | None:
-        """The folder as a local path; None in an object store."""
-        filesystem, path = self._resolve("")
-        return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
-
-    def read(self, name: str) -> str | None:
-        """A file's text; None where there is no such file."""
-        filesystem, path = self._resolve(name)
-        if filesystem.get_file_info(path).type != fs.FileType.File:
-            return None
-        with filesystem.open_input_stream(path) as stream:
-            return stream.read().decode()
-
-    def write(self, name: str, text: str) -> None:
-        """Writes a file as a whole."""
-        filesystem, path = self._resolve(name)
-        if isinstance(filesystem, fs.LocalFileSystem):
-            aside = Path(f"{path}.tmp-{os.getpid()}")
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                aside.write_text(text)
-                os.replace(aside, path)
-            finally:
-                aside.unlink(missing_ok=True)
-        else:
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(text.encode())
-
-    def upload(self, folder: Path, name: str) -> None:
-        """Copies a local folder into the run's folder."""
-        filesystem, path = self._resolve(name)
-        filesystem.create_dir(path, recursive=True)
-        fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
 
     @property
     def phases_uri(self) -> str:
@@ -121,7 +79,7 @@ class RunFolder:
         text = self.read(f"phases/{phase}/finished.json")
         if text is None:
             return None
-        filesystem, path = self._resolve(f"phases/{phase}/{json.loads(text)['checkpoint']}")
+        filesystem, path = self.resolve(f"phases/{phase}/{json.loads(text)['checkpoint']}")
         return Checkpoint(path, filesystem)
 
     def finish_phase(self, phase: str, checkpoint: Checkpoint) -> None:
@@ -140,7 +98,23 @@ class RunFolder:
             write_folder(self.local / "model", config, weights.items(), tokenizer_from=tokenizer, replace=True)
             return
         with tempfile.TemporaryDirectory() as aside:
-            self.upload(write_folder(Path(aside) / "model", config, weights.items(), tokenizer_from=tokenizer), "model")
+            model = write_folder(Path(aside) / "model", config, weights.items(), tokenizer_from=tokenizer)
+            # a folder without its config.json is no model folder, so that it is whole once this last file is there
+            for file in sorted(model.iterdir(), key=lambda file: file.name == "config.json"):
+                self.upload(file, f"model/{file.name}")
+
+    @contextmanager
+    def records(self) -> Iterator[Path]:
+        """The run's small files, all but checkpoints and model, as a local folder: this one, or a copy for the time."""
+        if self.local:
+            yield self.local
+            return
+        with tempfile.TemporaryDirectory() as aside:
+            copy = StoredFolder(f"{aside}/{Path(self.uri).name}")
+            for name in [*self.names(), *(f"growth/{name}" for name in self.names("growth"))]:
+                if name.endswith(TEXT_FILES):
+                    copy.write(name, self.read(name) or "")
+            yield Path(copy.uri)
 
     def write_summary(self, phases: Sequence[Phase], outcome: Outcome) -> None:
         """Writes summary.json: how the run ended and what each phase reached."""
@@ -173,10 +147,6 @@ class RunFolder:
             except json.JSONDecodeError:
                 break
         return lines
-
-    def _resolve(self, name: str) -> tuple[fs.FileSystem, str]:
-        filesystem, root = fs.FileSystem.from_uri(self.uri + self.query)
-        return filesystem, f"{root}/{name}".rstrip("/")
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

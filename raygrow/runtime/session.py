@@ -38,7 +38,6 @@ class RaySession:
 
     def __init__(self, phase: str, history: ActorHandle, downloads: ExitStack) -> None:
         self._phase, self._history, self._downloads = phase, history, downloads
-        self._last_line: ray.ObjectRef | None = None
         context = ray.train.get_context()
         self._leads = context.get_world_rank() == 0
         storage = context.get_storage()
@@ -70,8 +69,7 @@ class RaySession:
     def commit(self, folder: Path, step: int) -> None:
         """Marks the checkpoint as whole and hands it to Ray Train; the history up to it is written by then."""
         if self._leads:
-            if self._last_line is not None:
-                ray.get(self._last_line)
+            ray.get(self._history.flush.remote())
             (folder / DONE).touch()
         ray.train.report(
             {"step": step},
@@ -82,7 +80,7 @@ class RaySession:
 
     def log(self, record: Record) -> None:
         """Sends a line to the history actor without waiting for it."""
-        self._last_line = self._history.append.remote(dict(record))
+        self._history.append.remote(dict(record))
 
     def rewind(self, step: int) -> None:
         """Has the history actor drop what will be run again, and removes checkpoints that were never recorded."""

@@ -93,6 +93,7 @@ def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, wi
         told = f"{run.name} is finished: {folder.uri}/report.html shows it. Another name starts another run."
         console.print(told, highlight=False, soft_wrap=True)
         return "finished"
+    folder.remove("summary.json")  # of an earlier start, which ended otherwise
     history = open_history(folder)
     outcome, checkpoint = Outcome("finished"), None
     for phase in phases:
@@ -236,11 +237,13 @@ def _cause(phase: Phase, error: Exception) -> str:
 
 
 def _report(folders: list[RunFolder], console: Console) -> None:
-    """The terminal's summary, and report.html beside the run."""
-    local = [folder.local for folder in folders if folder.local]
-    if len(local) < len(folders):
-        told = "The report of a run in an object store: copy its folder here and run `raygrow report`."
-        console.print(told, highlight=False, soft_wrap=True)
-        return
-    print_summary(local, console)
-    console.print(f"report: {write_report(local, local[0])}", highlight=False, soft_wrap=True)
+    """The terminal's summary, and report.html in the first run's folder."""
+    with ExitStack() as stack:
+        records = [stack.enter_context(folder.records()) for folder in folders]
+        print_summary(records, console)
+        page = write_report(records, records[0])
+        if not folders[0].local:
+            for file in (page, page.with_name("loss.png")):
+                if file.exists():
+                    folders[0].upload(file, file.name)
+    console.print(f"report: {folders[0].uri}/{page.name}", highlight=False, soft_wrap=True)

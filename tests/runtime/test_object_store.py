@@ -58,7 +58,7 @@ def test_a_run_is_stopped_and_goes_on(tiny: RunConfig, storage_path: str, tmp_pa
         assert command.wait() == 143
     with driver(tmp_path, "train", *words, RAY_ADDRESS="local") as command:
         assert command.wait() == 0
-        assert "copy its folder here and run `raygrow report`" in command.said()
+        assert "s3://bucket/runs/remote/report.html" in command.said()
 
     lines = folder.read_history()
     assert [(line["phase"], line["step"]) for line in lines] == [
@@ -66,3 +66,6 @@ def test_a_run_is_stopped_and_goes_on(tiny: RunConfig, storage_path: str, tmp_pa
     ]
     assert json.loads(folder.read("summary.json") or "")["status"] == "finished"
     assert json.loads(folder.read("model/config.json") or "")["model"]["blocks_per_stack"] == 2
+    assert "<svg" in (folder.read("report.html") or "")
+    assert {"loss.png", "report.html", "run.yaml", "summary.json"} <= set(folder.names())
+    assert folder.names("tensorboard")

@@ -22,8 +22,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     if request.param == "file uri":
         return RunFolder.of(tmp_path.as_uri(), "run")
     remote = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
-    (tmp_path / "bucket/run").mkdir(parents=True)  # object stores have no folders to make first
-    monkeypatch.setattr(RunFolder, "_resolve", lambda self, name: (remote, f"bucket/run/{name}".rstrip("/")))
+    (tmp_path / "bucket/run/growth").mkdir(parents=True)  # object stores have no folders to make first
+    monkeypatch.setattr(RunFolder, "resolve", lambda self, name: (remote, f"bucket/run/{name}".rstrip("/")))
     return RunFolder.of("s3://bucket", "run")
 
 
@@ -58,7 +58,8 @@ def test_history_leaves_out_what_a_crash_cut_short(folder: RunFolder) -> None:
 
 def test_finished_phases_are_found_again(folder: RunFolder, tmp_path: Path) -> None:
     assert folder.finished_phase("base") is None
-    folder.upload(make_folder(tmp_path / "step-00000010"), "phases/base/step-00000010")
+    (tmp_path / "part").write_text("content")
+    folder.upload(tmp_path / "part", "phases/base/step-00000010/part")
     folder.finish_phase("base", Checkpoint("base/step-00000010", fs.LocalFileSystem()))
     found = folder.finished_phase("base")
     assert found
@@ -66,10 +67,15 @@ def test_finished_phases_are_found_again(folder: RunFolder, tmp_path: Path) -> N
         assert (Path(local) / "part").read_text() == "content"
 
 
-def make_folder(path: Path) -> Path:
-    path.mkdir()
-    (path / "part").write_text("content")
-    return path
+def test_records_are_the_runs_small_files(folder: RunFolder) -> None:
+    for name in ("run.yaml", "history.jsonl", "growth/stacked.json"):
+        folder.write(name, name)
+    with folder.records() as local:
+        assert local.name == "run"
+        assert (local / "growth/stacked.json").read_text() == "growth/stacked.json"
+        assert (local / "history.jsonl").exists()
+    folder.remove("history.jsonl")
+    assert folder.names() == ["run.yaml"]
 
 
 def test_a_list_of_checkpoints_that_was_cut_short_is_removed(tmp_path: Path) -> None:
