@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raygrow.nn import cost
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_rule
-from raygrow.nn.score import sum_loss
 
 EXACT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest output difference of a function-preserving growth, relative to the largest logit, by the logits' dtype."""
@@ -91,17 +90,6 @@ class Verification:
         """A JSON-ready tree; figures that are not finite become null."""
         tree = asdict(self) | {"loss_jump": self.loss_jump, "passed": self.passed}
         return {key: _finite_or_none(value) for key, value in tree.items()}
-
-
-@torch.no_grad()
-def observe(model: nn.Module, tokens_BT: Tensor, batches: Iterable[tuple[Tensor, Tensor]]) -> Outputs:
-    """What the model says: logits on `tokens_BT` (kept on the CPU) and mean loss over `batches`.
-
-    Under FSDP every worker calls it with the same arguments. The model's mode is left as it is.
-    """
-    logits_BTV = model(tokens_BT).cpu()
-    total, count = sum_loss(model, batches)
-    return Outputs(logits_BTV=logits_BTV, loss=float(total) / max(count, 1))
 
 
 def tensor_statistics(tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:

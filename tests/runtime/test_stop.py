@@ -1,11 +1,20 @@
 """SIGTERM and Ctrl-C: the first is a wish, the next one is final."""
 
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from raygrow.runtime.stop import stop_wish
+
+
+@pytest.fixture(autouse=True)
+def _python_listens_to_ctrl_c() -> Iterator[None]:
+    """As in a terminal; a process started in the background may be told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

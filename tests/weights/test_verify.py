@@ -10,7 +10,7 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import parameters
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
-from raygrow.weights.verify import Check, Outputs, observe, statistics_checks, tensor_statistics, verify
+from raygrow.weights.verify import Check, Outputs, statistics_checks, tensor_statistics, verify
 
 CONFIG = ModelConfig(vocab_size=48, d_model=16, n_heads=2, d_ff=24, blocks_per_stack=2)
 LOGITS = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
@@ -95,14 +95,3 @@ def test_statistics_of_shards_add_up(rack):
     torch.testing.assert_close(sum(shards), whole)
     assert len(names) == len(whole)
     assert int(whole[:, 0].sum()) == parameters(CONFIG)
-
-
-@torch.no_grad()
-def test_observe_takes_logits_and_mean_loss(rack):
-    tokens_BT = torch.randint(0, 48, (3, 9))
-    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-    outputs = observe(rack, inputs_BT, [(inputs_BT[:2], targets_BT[:2]), (inputs_BT[2:], targets_BT[2:])])
-    logits_BTV = rack(inputs_BT)
-    torch.testing.assert_close(outputs.logits_BTV, logits_BTV)
-    loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
-    assert outputs.loss == pytest.approx(float(loss), rel=1e-5)
