@@ -106,12 +106,14 @@ class AsyncSaver:
     def __init__(self) -> None:
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         self._pending: tuple[Future, Path, int] | None = None
+        self._bytes = 0
 
     def start(self, table: dict[str, Tensor], folder: Path, step: int) -> None:
         """Copies the tensors aside and writes them while training goes on. Finish the last one first."""
         assert self._pending is None, "the checkpoint before is still being written"
         future = cast(Future, async_save(table, checkpoint_id=folder, process_group=self._group))
         self._pending = future, folder, step
+        self._bytes = sum(tensor.numel() * tensor.element_size() for tensor in table.values())
 
     @property
     def idle(self) -> bool:
@@ -133,10 +135,13 @@ class AsyncSaver:
         try:
             future.result()
         except CheckpointException as error:
-            where = f"{folder} ({shutil.disk_usage(folder.parent).free / 1e6:,.0f} MB free there)"
             shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(folder.parent).free
+            room = f"it takes {self._bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there"
             causes = [failure[0] for failure in error.failures.values()]
             # torch's writer talks of positions in its file where the system said why
             plain = [cause for cause in causes if isinstance(cause, OSError)] or causes
-            raise OSError(f"the checkpoint of step {step} could not be written to {where}: {plain[0]}") from None
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {folder} ({room}): {plain[0]}"
+            ) from None
         return folder, step
