@@ -28,6 +28,7 @@ from plain_loop import PlainLoop, Settings
 
 from raygrow.config import RunConfig, WorkersConfig
 from raygrow.data.corpus import FilesCorpus
+from raygrow.data.prepare import content_settings
 from raygrow.data.shards import TOKENIZER_FOLDER, Manifest, ShardWriter, SplitInfo
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import parameters, peak_flops, training_flops_per_token
@@ -100,6 +101,7 @@ def main() -> None:
         context["matmul_flops_per_second"] = _in_process(partial(matmul_flops_per_second, device))
         context["datasheet_flops_per_second"] = peak_flops(torch.cuda.get_device_name())
     rows = []
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="throughput-") as work:
         for name, size in sizes.items():
             if arguments.workers:
@@ -216,7 +218,7 @@ def random_data(folder: Path, size: Size) -> FilesCorpus:
         eos_id=tokenizer.eos_id,
         dtype="<u2",
         splits=splits,
-        settings={},
+        settings=content_settings(corpus),
     ).save(folder)
     return corpus
 

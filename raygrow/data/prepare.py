@@ -5,6 +5,7 @@ duplicates side by side, and makes the result the same however many processes di
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -98,7 +99,7 @@ def prepare(config: DataConfig, *, progress: Progress = silent, engine: Engine |
                 )
                 for name, documents in splits.items()
             },
-            settings=_settings(config),
+            settings=content_settings(config),
         )
         manifest.save(aside)
     return manifest
@@ -191,9 +192,10 @@ def _write_split(writer: ShardWriter, documents: Documents, tokenizer: Tokenizer
     return SplitInfo(documents=n_documents, bytes=n_bytes, tokens=n_tokens, shards=writer.finish())
 
 
-def _settings(config: DataConfig) -> dict[str, Any]:
-    """What decides the content of the shards: neither where they lie nor which engine wrote them."""
-    return {key: value for key, value in asdict(config).items() if key not in ("path", "engine")}
+def content_settings(config: DataConfig) -> dict[str, Any]:
+    """What decides the content of the shards, as JSON gives it: neither where they lie nor which engine wrote them."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ("path", "engine")}
+    return json.loads(json.dumps(settings))
 
 
 def _finished(config: DataConfig) -> Manifest:
@@ -201,7 +203,9 @@ def _finished(config: DataConfig) -> Manifest:
     if not (Path(config.path) / MANIFEST_FILE).exists():
         raise ValueError(f"data.path={config.path}: other files are in this folder; name one that is empty or new")
     manifest = load_manifest(config.path)
-    wanted = {key: list(value) if isinstance(value, tuple) else value for key, value in _settings(config).items()}
+    wanted = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in content_settings(config).items()
+    }
     changed = [key for key in wanted if manifest.settings.get(key) != wanted[key]]
     if changed:
         differences = "; ".join(f"data.{key} was {manifest.settings.get(key)}, is {wanted[key]}" for key in changed)
