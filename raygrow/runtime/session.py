@@ -13,15 +13,7 @@ from ray.actor import ActorHandle
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
-from raygrow.train.session import Record
-
-DONE = "DONE"
-"""Marker file of a whole checkpoint."""
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"step-{step:08d}"
+from raygrow.train.session import DONE, Record, checkpoint_name
 
 
 class RaySession:

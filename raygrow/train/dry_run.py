@@ -67,13 +67,13 @@ def _origin(phase: Phase, phases: Sequence[Phase]) -> str:
 
 
 def _memory(phase: Phase, config: TrainConfig, workers: int) -> int:
-    rows = min(phase.micro_batch_size or phase.batch_size, -(-phase.batch_size // workers))
+    rows = phase.micro_batch_rows(workers)
     return training_memory(
         phase.model,
         micro_batch_tokens=rows * phase.seq_len,
         workers=workers,
         mixed_precision=config.precision != "fp32",
-        accumulates=rows < -(-phase.batch_size // workers),
+        accumulates=rows < phase.worker_rows(workers),
     )
 
 

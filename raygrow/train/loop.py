@@ -84,8 +84,7 @@ class _PhaseRun:
         self, phase: Phase, config: TrainConfig, *, data: Path, seed: int, session: Session, worker: Worker
     ) -> None:
         self.phase, self.config, self.session, self.worker, self.seed = phase, config, session, worker, seed
-        rows = -(-phase.batch_size // worker.count)
-        self.micro_batch_size = min(phase.micro_batch_size or rows, rows)
+        self.micro_batch_size = phase.micro_batch_rows(worker.count)
         self.model = build_sharded(phase.model, config, worker.mesh, worker.device)
         freeze(self.model, phase.frozen)
         self.optimizer = adamw(self.model, config.optimizer)

@@ -55,6 +55,15 @@ class Phase:
         """FLOPs that this phase spends."""
         return self.tokens * self.flops_per_token
 
+    def worker_rows(self, workers: int) -> int:
+        """Sequences of one step that each of `workers` workers trains on."""
+        return -(-self.batch_size // workers)
+
+    def micro_batch_rows(self, workers: int) -> int:
+        """Sequences in one forward pass of each of `workers` workers."""
+        rows = self.worker_rows(workers)
+        return min(self.micro_batch_size or rows, rows)
+
     @property
     def first_sample(self) -> int:
         """Where this phase goes on in the data; rounded up where the sequence length has changed."""

@@ -9,6 +9,15 @@ Record = Mapping[str, Any]
 """One line of history: metric name -> number, phase name."""
 
 
+DONE = "DONE"
+"""Marker file of a whole checkpoint."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step's checkpoint; names sort as their steps do."""
+    return f"step-{step:08d}"
+
+
 class Session(Protocol):
     """One worker's link to its run. Calls marked (all) are made by every worker, in the same order."""
 
@@ -51,16 +60,16 @@ class FolderSession:
 
     def resume_from(self) -> Path | None:
         """The newest folder that was committed."""
-        done = sorted(self.folder.glob("step-*/DONE"))
+        done = sorted(self.folder.glob(f"step-*/{DONE}"))
         return done[-1].parent if done else None
 
     def checkpoint_folder(self, step: int) -> Path:
         """`step-<step>` in the session's folder."""
-        return self.folder / f"step-{step:08d}"
+        return self.folder / checkpoint_name(step)
 
     def commit(self, folder: Path, step: int) -> None:
         """Leaves a DONE marker."""
-        (folder / "DONE").touch()
+        (folder / DONE).touch()
 
     def log(self, record: Record) -> None:
         """Appends to history.jsonl."""
