@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLOT = Path(__file__).with_suffix(".png")
 SCRATCH, LONGER = "scratch", "scratch-longer"
 COLORS = {SCRATCH: "#e27a00", LONGER: "#a3740a"}
-GROWN_COLORS = ("#3d7ff0", "#0fa37f", "#a06af0")
+GROWN_COLORS = ("#3d7ff0", "#0fa37f", "#a06af0", "#7db4f5", "#1d4fa8")
 
 
 def grown(factor: int, share: float) -> list[str]:
@@ -50,12 +50,15 @@ def grown(factor: int, share: float) -> list[str]:
 
 PLANS = {
     LONGER: ["plan=scratch", "plan.tokens=120e6"],
-    "3x4": grown(4, 0.05),
-    "2x6": grown(6, 0.04),
     SCRATCH: ["plan=scratch"],
-    "6x2": grown(2, 0.2),
+    "3x4-10": grown(4, 0.10),
+    "6x2-20": grown(2, 0.20),
+    "2x6-8": grown(6, 0.08),
+    "3x4-5": grown(4, 0.05),
+    "3x4-15": grown(4, 0.15),
 }
-"""Name (blocks of the base x factor) and what sets the run apart; the longest first, so that lanes end together."""
+"""Name (blocks of the base x factor - the base's share of the FLOPs in %) and what sets the run apart; the longest
+first, so that lanes end together."""
 
 COMMON = [
     "model=decoder/llama/small",
