@@ -16,3 +16,5 @@ class Growth:
     """For every parameter of the grown model, how it is made from those of the source."""
     exact: bool
     """Whether the grown model computes the same function as its source; the verifier holds it to that."""
+    origins: tuple[int, ...]
+    """For each Block of the grown model, the Block of the source that it comes from."""

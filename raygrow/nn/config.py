@@ -1,7 +1,7 @@
 """The shape of a model: everything that decides which tensors a Rack holds and what they compute."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,16 @@ class ModelConfig:
     blocks_per_stack: int
     max_seq_len: int = 2048
     mlp: Literal["swiglu", "gelu"] = "swiglu"
+    n_experts: int = 0
+    """Experts of a mixture-of-experts MLP; 0 is a dense model."""
+    top_k: int = 0
+    """Experts that each token goes to; 0 in a dense model."""
+    d_expert: int = 0
+    """Hidden size of one expert; 0 means `d_ff`."""
+    norm_topk_prob: bool = True
+    """Whether the weights of a token's experts are made to sum to 1 (Mixtral); if not, they are shares of all."""
+    dense_blocks: tuple[int, ...] = ()
+    """Blocks of a mixture-of-experts model that keep a dense MLP."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
@@ -34,6 +44,8 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
+    logit_scale: float = 1.0
+    """Factor on the logits. Width growth needs it to keep a tied model's function."""
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -53,20 +65,46 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even head_dim")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if not self.n_experts:
+            for name in ("top_k", "d_expert", "dense_blocks"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)}: a dense model (n_experts=0) has none")
+            return
+        if not 1 <= self.top_k <= self.n_experts:
+            raise ValueError(f"top_k={self.top_k}: must be from 1 to n_experts={self.n_experts}")
+        object.__setattr__(self, "d_expert", self.d_expert or self.d_ff)
+        object.__setattr__(self, "dense_blocks", tuple(sorted(set(self.dense_blocks))))
+        wrong = [block for block in self.dense_blocks if not 0 <= block < self.n_blocks]
+        if wrong or len(self.dense_blocks) == self.n_blocks:
+            raise ValueError(
+                f"dense_blocks={list(self.dense_blocks)}: must be some of the blocks 0 to {self.n_blocks - 1}, not all"
+            )
 
     def _check_types(self) -> None:
         # a config.json may hold anything, and an unknown choice would only fail when the model is built, or never
         for name, hint in get_type_hints(ModelConfig).items():
-            value, choices = getattr(self, name), get_args(hint)
-            if choices and value not in choices:
-                raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
-            if not choices and not isinstance(value, (int, float) if hint is float else hint):
+            value = getattr(self, name)
+            if get_origin(hint) is Literal:
+                if value not in get_args(hint):
+                    raise ValueError(f"{name}={value!r}: must be one of {', '.join(get_args(hint))}")
+            elif get_origin(hint) is tuple:
+                if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
+                    raise ValueError(f"{name}={value!r}: must be a list of integers")
+                object.__setattr__(self, name, tuple(value))
+            elif not isinstance(value, (int, float) if hint is float else hint):
                 raise ValueError(f"{name}={value!r}: must be of type {hint.__name__}")
 
     @property
     def n_blocks(self) -> int:
         """Blocks in the whole Rack."""
         return self.n_stacks * self.blocks_per_stack
+
+    def has_experts(self, block: int) -> bool:
+        """Whether the MLP of a Block is a mixture of experts."""
+        return self.n_experts > 0 and block not in self.dense_blocks
 
     def regrouped(self, n_stacks: int) -> "ModelConfig":
         """The same Blocks in another number of Stacks.

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from raygrow.weights.rules import Rules
+from raygrow.weights.rules import Rule, Rules, Sliceable, Stacked, take
 
 
-class Derived(Mapping[str, Tensor]):
+class Derived(Sliceable):
     """The targets of a rule table as a mapping that makes each tensor when it is asked for.
 
     Its source may be lazy too (a safetensors folder, another `Derived`), so renaming, growing and renaming back a
-    model of any size is a chain of views.
+    model of any size is a chain of views. One expert is taken through the whole chain without making the others.
     """
 
     def __init__(self, rules: Rules, sources: Mapping[str, Tensor]) -> None:
@@ -19,6 +19,15 @@ class Derived(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._rules[name].apply(self._sources)
+
+    def take(self, name: str, index: int) -> Tensor:
+        """`self[name][index]`, made alone where the rule is stacked or a plain copy."""
+        rule = self._rules[name]
+        if isinstance(rule, Stacked):
+            return rule.rules[index].apply(self._sources)
+        if is_copy(rule):
+            return take(self._sources, rule.terms[0].source, index)
+        return self[name][index]
 
     def __contains__(self, name: object) -> bool:
         return name in self._rules  # Mapping's own would compute the tensor
@@ -28,6 +37,11 @@ class Derived(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._rules)
+
+
+def is_copy(rule: Rule) -> bool:
+    """Whether a rule takes one source tensor as it is."""
+    return rule.fill is None and len(rule.terms) == 1 and rule.terms[0].gather is None and rule.terms[0].coefficient == 1
 
 
 def apply_rules(rules: Rules, sources: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -1,18 +1,22 @@
 """The rule table: how each tensor of one model is made from the tensors of another.
 
-A `Rule` is a sum of terms; a term is a coefficient times a source tensor with its axes re-indexed. Rules are data, so
-one table serves full tensors, tensors read lazily from a file, shards' full sources and meta tensors (shapes only).
-Adam's moments m and v follow the same rules as the parameter they belong to; the step count is copied.
+A `Rule` is a sum of terms, then an optional fill; a term is a coefficient times a source tensor with its axes
+re-indexed, a fill puts random numbers into the result (`weights/fills.py`). `Stacked` puts the results of several rules
+along a new first axis, as the experts of a mixture are stored. Rules are data, so one table serves full tensors,
+tensors read lazily from a file, shards' full sources, meta tensors (shapes only) and, through `weights/moments.py`,
+Adam's moments.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Gather = tuple[tuple[int, ...] | None, ...]
-"""For each axis the source indices to take, in order and with repeats; None takes the axis as it is."""
+Gather = tuple[tuple[int, ...] | int | None, ...]
+"""For each axis the source indices to take, in order and with repeats; an integer takes that one and drops the axis;
+None takes the axis as it is."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,9 @@ class Term:
     source: str
     coefficient: float = 1.0
     gather: Gather | None = None
+    gradient: float = 1.0
+    """The gradient of an element of the target, as a multiple of that of the source's element behind it. Adam's m
+    follows it, v its square."""
 
     def apply(self, sources: Mapping[str, Tensor]) -> Tensor:
         """The term's value; the source tensor itself, not a copy, where nothing changes.
@@ -29,20 +36,36 @@ class Term:
         Raises:
             ValueError: If the source tensor is missing.
         """
-        if self.source not in sources:
-            raise ValueError(f"tensor {self.source!r} is missing from the source model")
-        value = sources[self.source]
-        for axis, indices in enumerate(self.gather or ()):
+        gather = self.gather or ()
+        if gather and isinstance(gather[0], int):
+            value, gather = take(sources, self.source, gather[0]), gather[1:]
+        else:
+            value = _get(sources, self.source)
+        axis = 0
+        for indices in gather:
+            if isinstance(indices, int):
+                value = value.select(axis, indices)
+                continue
             if indices is not None:
                 value = value.index_select(axis, torch.tensor(indices, device=value.device))
+            axis += 1
         return value if self.coefficient == 1.0 else value * self.coefficient
+
+
+class Fill(Protocol):
+    """Random numbers in a tensor: a pure function of the fill's own settings and of the value."""
+
+    def apply(self, value: Tensor | None, sources: Mapping[str, Tensor]) -> Tensor:
+        """The filled tensor, not the one given. `value` is None where a rule has no terms."""
+        ...
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One target tensor as the sum of its terms."""
+    """One target tensor as the sum of its terms, then filled. A rule has at least one of the two."""
 
-    terms: tuple[Term, ...]
+    terms: tuple[Term, ...] = ()
+    fill: Fill | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -51,17 +74,58 @@ class Rule:
 
     def apply(self, sources: Mapping[str, Tensor]) -> Tensor:
         """The target tensor, on the device of its sources. A plain copy returns the source tensor itself."""
-        first, *rest = self.terms
-        value = first.apply(sources)
-        for term in rest:
-            value = value + term.apply(sources)
+        value = None
+        for term in self.terms:
+            part = term.apply(sources)
+            value = part if value is None else value + part
+        if self.fill is not None:
+            value = self.fill.apply(value, sources)
+        assert value is not None, "a rule has terms or a fill"
         return value
 
 
-Rules = Mapping[str, Rule]
+@dataclass(frozen=True)
+class Stacked:
+    """One target tensor as the results of several rules along a new first axis."""
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the source tensors of all rules, in their order."""
+        return tuple(source for rule in self.rules for source in rule.sources)
+
+    def apply(self, sources: Mapping[str, Tensor]) -> Tensor:
+        """The target tensor."""
+        first, *rest = (rule.apply(sources) for rule in self.rules)
+        return torch.stack([first, *rest])
+
+
+Rules = Mapping[str, Rule | Stacked]
 """For every tensor of the target, by name, the rule that makes it. The order is the order of the target."""
 
 
 def copy_rule(name: str) -> Rule:
     """The rule that takes the source tensor `name` as it is."""
     return Rule((Term(name),))
+
+
+def take(sources: Mapping[str, Tensor], name: str, index: int) -> Tensor:
+    """`sources[name][index]`, without making the rest where the mapping knows how to."""
+    if isinstance(sources, Sliceable):
+        return sources.take(name, index)
+    return _get(sources, name)[index]
+
+
+class Sliceable(Mapping[str, Tensor]):
+    """A mapping that can make one slice along a tensor's first axis without the others."""
+
+    def take(self, name: str, index: int) -> Tensor:
+        """The slice."""
+        raise NotImplementedError
+
+
+def _get(sources: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in sources:
+        raise ValueError(f"tensor {name!r} is missing from the source model")
+    return sources[name]
