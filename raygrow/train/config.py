@@ -51,6 +51,10 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of every Block; `auto` compiles on CUDA."""
     activation_checkpointing: bool = False
+    reshard_after_forward: Literal["auto", "on", "off"] = "auto"
+    """Whether a Block's gathered weights are freed until the backward pass gathers them again. `auto` does so with
+    several workers. A single worker gains room for the bf16 copy of the weights, 2 bytes a parameter, and converts
+    every weight twice a step."""
     deterministic: bool = False
     """Bit-exact resume on CUDA too, at some cost in speed."""
     report_every: PositiveInt = 10
@@ -78,8 +82,9 @@ class PhaseConfig:
     """Applied to the model of the phase before, as this phase starts."""
     max_loss_jump: float | None = None
     """Nats that the validation loss may rise at growth; more ends the run."""
-    optimizer_state: Literal["copy", "drop"] = "copy"
-    """What happens to Adam's moments and step count at growth."""
+    optimizer_state: Literal["copy", "drop", "asymmetric"] = "copy"
+    """What happens to Adam's moments and step counts at growth: each parameter takes those of the parameters that it
+    is made of, all start afresh, or only the first of several copies takes them (see `weights/moments.py`)."""
     init: str | None = None
     """A model folder (raygrow's or Hugging Face's) to start from."""
     share: Share | None = None
@@ -97,6 +102,16 @@ class PhaseConfig:
     frozen: tuple[str, ...] = ()
     """Parameters that do not train, as shell patterns over their names (`blocks.0.*`)."""
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    save_start: str | None = None
+    """Name of a model folder, `models/<name>` in the run's, for the model as this phase begins, after growth."""
+    save_end: str | None = None
+    """Name of a model folder for the model as this phase ends."""
+
+    def __post_init__(self) -> None:
+        for key in ("save_start", "save_end"):
+            name = getattr(self, key)
+            if name is not None and not (name and "/" not in name and not name.startswith(".")):
+                raise ValueError(f"{key}={name!r}: must be the plain name of a folder, without a slash or leading dot")
 
 
 @dataclass(frozen=True, kw_only=True)

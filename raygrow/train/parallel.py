@@ -47,10 +47,10 @@ def build_sharded(model: ModelConfig, config: TrainConfig, mesh: DeviceMesh, dev
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     bf16 = uses_bf16(config, device)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    reshard_blocks = {"on": True, "off": False, "auto": mesh.size() > 1}[config.reshard_after_forward]
     for unit in rack.fsdp_units():
-        # gathered weights are freed until the backward pass needs them again, unless this worker is alone and would
-        # gain nothing, or the backward pass follows at once, as it does for the Rack's own: head and embedding
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1 and unit is not rack)
+        # for the Rack's own, head and embedding, the backward pass follows at once
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_blocks and unit is not rack)
     return rack.to_empty(device=device)
 
 

@@ -36,6 +36,8 @@ class Phase:
     schedule: ScheduleConfig
     frozen: tuple[str, ...]
     workers: int | tuple[int, int] | None
+    save_start: str | None
+    save_end: str | None
     tokens_before: int
     flops_before: float
     flops_per_token: float
@@ -83,6 +85,7 @@ def resolve(plan: PlanConfig, target: ModelConfig, train: TrainConfig) -> tuple[
     """
     if not plan.phases:
         raise ValueError("plan.phases is empty: a plan needs at least one phase")
+    _check_saves(plan)
     models = _models(plan, target)
     total = _total_flops(plan, target, train)
     phases: list[Phase] = []
@@ -175,6 +178,8 @@ def _settle(
         schedule=_schedule(config, train.schedule, is_last=is_last),
         frozen=config.frozen,
         workers=config.workers,
+        save_start=config.save_start,
+        save_end=config.save_end,
         tokens_before=sum(phase.tokens for phase in before),
         flops_before=flops_before,
         flops_per_token=flops_per_token,
@@ -252,6 +257,17 @@ def _schedule(config: PhaseConfig, shared: ScheduleConfig, *, is_last: bool) -> 
     if config.warmup_steps is not None:
         schedule = replace(schedule, warmup_steps=config.warmup_steps)
     return schedule
+
+
+def _check_saves(plan: PlanConfig) -> None:
+    saved: dict[str, str] = {}
+    for name, phase in plan.phases.items():
+        for key, folder in (("save_start", phase.save_start), ("save_end", phase.save_end)):
+            where = f"plan.phases.{name}.{key}"
+            if folder in saved:
+                raise ValueError(f"{where}={folder}: {saved[folder]} has the same name, choose another")
+            if folder is not None:
+                saved[folder] = where
 
 
 def _check_budget(plan: PlanConfig, phases: list[Phase], total: float | None) -> None:
