@@ -5,19 +5,28 @@ from torch import Tensor, nn
 from raygrow.nn.attention import Attend, Attention
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.mlp import mlp
+from raygrow.nn.moe import Balance, Moe
 from raygrow.nn.norm import norm
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`. Shapes: `(B, T, D)` in and out."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, where the MLP may be a mixture of experts.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: The model.
+        index: Which of its Blocks this one is.
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = norm(config, config.d_model)
         self.attention = Attention(config)
         self.mlp_norm = norm(config, config.d_model)
-        self.mlp = mlp(config)
+        self.mlp = Moe(config) if config.has_experts(index) else mlp(config)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Balance | None]:
+        """`(B, T, D)` in and out, and with experts how evenly they were used."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, attend)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        out = self.mlp(self.mlp_norm(x_BTD))
+        out_BTD, balance = out if isinstance(self.mlp, Moe) else (out, None)
+        return x_BTD + out_BTD, balance

@@ -1,7 +1,9 @@
 """Language-model loss that never holds all logits.
 
-Shapes: N tokens, D model, V vocabulary.
+Shapes: N tokens, D model, V vocabulary, L Blocks with experts, E experts.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +12,17 @@ from raygrow.kernels.cross_entropy import cross_entropy_
 
 LOGIT_BYTES = 512 * 2**20
 """Size of the chunk of logits that is alive at a time."""
+
+
+class Loss(NamedTuple):
+    """What a model makes of tokens and their targets. Sums over tokens: divide by their number for means."""
+
+    nats: Tensor
+    """Cross entropy, a scalar in fp32 at least."""
+    balance: Tensor | None
+    """Load-balancing loss of all Blocks with experts together, a scalar; None for a dense model."""
+    load_LE: Tensor | None
+    """Slots that each expert got; None for a dense model."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

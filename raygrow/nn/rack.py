@@ -1,6 +1,6 @@
 """The whole language model: embedding, Stacks of Blocks, final norm, output head.
 
-Shapes: B batch, T tokens, D model, V vocabulary.
+Shapes: B batch, T tokens, D model, V vocabulary, L Blocks with experts, E experts.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from raygrow.nn.attention import Attend, default_attend
 from raygrow.nn.block import Block
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.linear import linear
-from raygrow.nn.loss import linear_cross_entropy
+from raygrow.nn.loss import Loss, linear_cross_entropy
+from raygrow.nn.moe import Balance
 from raygrow.nn.norm import norm
 from raygrow.nn.rope import rope_angles
 from raygrow.nn.stack import Stack
@@ -31,7 +32,7 @@ class Rack(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_blocks))
         self.norm = norm(config, config.d_model)
         self.head = None if config.tie_embeddings else linear(config.d_model, config.vocab_size)
         size = config.blocks_per_stack
@@ -51,8 +52,8 @@ class Rack(nn.Module):
         *,
         positions_T: Tensor | None = None,
         attends: Sequence[Attend] | None = None,
-    ) -> Tensor:
-        """Logits `(B, T, V)`, or with `targets_BT` the summed loss (see `linear_cross_entropy`).
+    ) -> Tensor | Loss:
+        """Logits `(B, T, V)`, or with `targets_BT` the summed losses.
 
         Args:
             tokens_BT: Token ids.
@@ -61,21 +62,29 @@ class Rack(nn.Module):
             attends: One attention function per Block; full attention when not given.
 
         Returns:
-            Logits, or the sum of the token losses in nats, a scalar in fp32.
+            Logits, or a Loss.
         """
         if positions_T is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         rope = rope_angles(positions_T, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         attends = attends or [self.attend] * self.config.n_blocks
         x_BTD = self.embedding(tokens_BT)
+        balances: list[Balance] = []
         first = 0
         for stack in self.stacks:
-            x_BTD = stack(x_BTD, rope, attends[first : first + len(stack.blocks)])
+            x_BTD, found = stack(x_BTD, rope, attends[first : first + len(stack.blocks)])
+            balances += found
             first += len(stack.blocks)
         x_BTD = self.norm(x_BTD)
+        if self.config.logit_scale != 1:
+            x_BTD = x_BTD * self.config.logit_scale
         if targets_BT is None:
             return nn.functional.linear(x_BTD, self.head_weight)
-        return linear_cross_entropy(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
+        nats = linear_cross_entropy(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
+        if not balances:
+            return Loss(nats, None, None)
+        losses, loads = zip(*balances, strict=True)
+        return Loss(nats, torch.stack(losses).sum(), torch.stack(loads))
 
     def fsdp_units(self) -> list[nn.Module]:
         """The modules to shard one by one, in the order they run: every Block, then the Rack with what is left."""

@@ -22,7 +22,7 @@ def sum_loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tupl
     """Summed loss in nats (fp64 scalar) and number of targets over batches of `(tokens_BT, targets_BT)`."""
     total, count = None, 0
     for tokens_BT, targets_BT in batches:
-        loss = model(tokens_BT, targets_BT).double()
+        loss = model(tokens_BT, targets_BT).nats.double()
         total = loss if total is None else total + loss
         count += int((targets_BT != IGNORE).sum())
     if total is None:

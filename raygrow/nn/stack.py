@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from raygrow.nn.attention import Attend
+from raygrow.nn.moe import Balance
 
 
 class Stack(nn.Module):
@@ -14,7 +15,13 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attends: Sequence[Attend]) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attends: Sequence[Attend]
+    ) -> tuple[Tensor, list[Balance]]:
+        """`(B, T, D)` in and out, and the Balance of each Block that has experts."""
+        balances = []
         for block, attend in zip(self.blocks, attends, strict=True):
-            x_BTD = block(x_BTD, rope, attend)
-        return x_BTD
+            x_BTD, balance = block(x_BTD, rope, attend)
+            if balance is not None:
+                balances.append(balance)
+        return x_BTD, balances

@@ -41,7 +41,7 @@ def train_step(
     assert isinstance(model, FSDPModule)
     for index, (tokens_BT, targets_BT) in enumerate(micro_batches):
         model.set_requires_gradient_sync(index == len(micro_batches) - 1)
-        loss = model(tokens_BT, targets_BT) / step_tokens
+        loss = model(tokens_BT, targets_BT).nats / step_tokens
         # FSDP averages gradients over workers; the sum is wanted
         (loss * workers).backward()
         share += loss.detach()
