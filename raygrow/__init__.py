@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raygrow.config import RunConfig as RunConfig
+    from raygrow.growth.depth import Depth as Depth
+    from raygrow.growth.experts import Experts as Experts
     from raygrow.growth.gstack import Gstack as Gstack
+    from raygrow.growth.model import grow_model as grow_model
     from raygrow.growth.model import gstack as gstack
     from raygrow.growth.timing import growth_timing as growth_timing
+    from raygrow.growth.width import Width as Width
     from raygrow.nn.config import ModelConfig as ModelConfig
     from raygrow.nn.rack import Rack as Rack
     from raygrow.weights.folder import load_model as load_model
 
 _HOMES = {
     "RunConfig": "raygrow.config",
+    "Depth": "raygrow.growth.depth",
+    "Experts": "raygrow.growth.experts",
     "Gstack": "raygrow.growth.gstack",
+    "Width": "raygrow.growth.width",
+    "grow_model": "raygrow.growth.model",
     "gstack": "raygrow.growth.model",
     "growth_timing": "raygrow.growth.timing",
     "ModelConfig": "raygrow.nn.config",

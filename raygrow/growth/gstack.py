@@ -7,21 +7,17 @@ Embedding, final norm and head are copied. The function changes, so the loss ris
 positions have no parameters and need nothing.
 """
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from raygrow.growth.blocks import grow_blocks, shrink_blocks, split_name
 from raygrow.growth.growth import Growth
 from raygrow.nn.config import ModelConfig
-from raygrow.weights.rules import copy_rule
-from raygrow.weights.shapes import parameter_shapes
 from raygrow.weights.verify import Check
-
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +38,8 @@ class Gstack:
 
     def grow(self, config: ModelConfig) -> Growth:
         """The growth of a model of this config: `factor` times the Stacks, each as large as before."""
-        target = replace(config, n_stacks=config.n_stacks * self.factor)
-        rules = {name: copy_rule(_origin(name, config.n_blocks)) for name in parameter_shapes(target)}
-        return Growth(config=target, rules=rules, exact=self.factor == 1)
+        origins = tuple(range(config.n_blocks)) * self.factor
+        return grow_blocks(config, origins, n_stacks=config.n_stacks * self.factor)
 
     def shrink(self, target: ModelConfig) -> ModelConfig:
         """The config that grows into `target`, with whole Stacks where they divide, else as a single Stack.
@@ -53,16 +48,16 @@ class Gstack:
         `n_stacks`.
 
         Raises:
-            ValueError: If the target's Blocks are not a multiple of the factor.
+            ValueError: If the target's Blocks are not a multiple of the factor, or copies of one Block differ in kind.
         """
-        if target.n_stacks % self.factor == 0:
-            return replace(target, n_stacks=target.n_stacks // self.factor)
-        if target.n_blocks % self.factor:
+        n_blocks, left = divmod(target.n_blocks, self.factor)
+        if left:
             raise ValueError(
                 f"growth factor={self.factor} does not divide the target's {target.n_blocks} blocks: choose a factor "
                 "that divides n_stacks * blocks_per_stack, or change those"
             )
-        return replace(target, n_stacks=1, blocks_per_stack=target.n_blocks // self.factor)
+        n_stacks = 1 if target.n_stacks % self.factor else target.n_stacks // self.factor
+        return shrink_blocks(target, tuple(range(n_blocks)) * self.factor, n_stacks=n_stacks)
 
     def checks(self, source: Mapping[str, Tensor], target: Iterable[tuple[str, Tensor]]) -> list[Check]:
         """Whether every target tensor is bit-equal to the one it comes from.
@@ -71,7 +66,7 @@ class Gstack:
             source: The source's tensors by name: full, or the same shard of each as in `target`.
             target: Names and tensors of the grown model, or one worker's shards of them.
         """
-        n_blocks = len({match[1] for name in source if (match := _BLOCK.match(name))})
+        n_blocks = len({block for name in source if (block := split_name(name)[0]) is not None})
         wrong = [name for name, tensor in target if not torch.equal(tensor, source[_origin(name, n_blocks)])]
         detail = f"block i is bit-equal to block i mod {n_blocks}; embedding, norm and head are copies"
         if wrong:
@@ -81,5 +76,5 @@ class Gstack:
 
 def _origin(name: str, n_blocks: int) -> str:
     """The source tensor behind a target tensor, for a source of `n_blocks` Blocks."""
-    match = _BLOCK.match(name)
-    return f"blocks.{int(match[1]) % n_blocks}.{match[2]}" if match else name
+    block, rest = split_name(name)
+    return name if block is None else f"blocks.{block % n_blocks}.{rest}"

@@ -2,12 +2,12 @@
 
 | parameter                         | start                                        |
 |-----------------------------------|----------------------------------------------|
-| `embedding`, `head`, `q k v`, `gate up` weights | N(0, init_std)                 |
+| `embedding`, `head`, `q k v`, `gate up`, `router` weights | N(0, init_std)       |
 | `o`, `down` weights (into the residual stream)  | N(0, init_std / sqrt(2 n_blocks)) |
 | norm weights                      | 1                                            |
 | biases                            | 0                                            |
 
-The scaled residual projections are GPT-2's: they keep the variance of the residual stream independent of depth.
+The experts' stacked tensors start as those of a dense MLP do, each expert with values of its own. The scaled residual projections are GPT-2's: they keep the variance of the residual stream independent of depth.
 """
 
 import math
@@ -38,7 +38,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     mean, std = init_rule(name, config)
     if not std:
         return torch.full(shape, mean)
-    generator = torch.Generator().manual_seed(_seed_of(name, seed))
+    generator = torch.Generator().manual_seed(seed_of(name, seed))
     return torch.empty(shape).normal_(mean, std, generator=generator)
 
 
@@ -49,7 +49,8 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
             parameter.copy_(initial_value(name, parameter.shape, config, seed))
 
 
-def _seed_of(name: str, seed: int) -> int:
+def seed_of(name: str, seed: int) -> int:
+    """A seed for the random numbers of one name: the same in every process, unrelated for other names and seeds."""
     # FNV-1a: Python's own hash() of a string differs between processes
     value = 0xCBF29CE484222325 ^ seed
     for byte in name.encode():

@@ -41,7 +41,10 @@ class Derived(Sliceable):
 
 def is_copy(rule: Rule) -> bool:
     """Whether a rule takes one source tensor as it is."""
-    return rule.fill is None and len(rule.terms) == 1 and rule.terms[0].gather is None and rule.terms[0].coefficient == 1
+    if rule.fill is not None or len(rule.terms) != 1:
+        return False
+    (term,) = rule.terms
+    return term.gather is None and term.coefficient == 1
 
 
 def apply_rules(rules: Rules, sources: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
