@@ -1,13 +1,14 @@
 """How each parameter starts. One table, so that growth can tell what a fresh parameter would have looked like.
 
-| parameter                         | start                                        |
-|-----------------------------------|----------------------------------------------|
-| `embedding`, `head`, `q k v`, `gate up`, `router` weights | N(0, init_std)       |
-| `o`, `down` weights (into the residual stream)  | N(0, init_std / sqrt(2 n_blocks)) |
-| norm weights                      | 1                                            |
-| biases                            | 0                                            |
+| parameter                                                 | start                             |
+|-----------------------------------------------------------|-----------------------------------|
+| `embedding`, `head`, `q k v`, `gate up`, `router` weights | N(0, init_std)                    |
+| `o`, `down` weights (into the residual stream)            | N(0, init_std / sqrt(2 n_blocks)) |
+| norm weights                                              | 1                                 |
+| biases                                                    | 0                                 |
 
-The experts' stacked tensors start as those of a dense MLP do, each expert with values of its own. The scaled residual projections are GPT-2's: they keep the variance of the residual stream independent of depth.
+Stacked tensors of experts start as those of a dense MLP do, every expert with values of its own. The scaled residual
+projections are GPT-2's: they keep the variance of the residual stream independent of depth.
 """
 
 import math

@@ -3,6 +3,7 @@
 Shapes: N tokens, D model, V vocabulary, L Blocks with experts, E experts.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,21 @@ class Loss(NamedTuple):
     """Load-balancing loss of all Blocks with experts together, a scalar; None for a dense model."""
     load_LE: Tensor | None
     """Slots that each expert got; None for a dense model."""
+
+    def detach(self) -> "Loss":
+        """The same values without their gradients."""
+        return Loss._make(None if part is None else part.detach() for part in self)
+
+    def objective(self, load_balancing: float) -> Tensor:
+        """What training minimises: the cross entropy and, so weighted, the Blocks' mean load-balancing loss."""
+        if self.balance is None or self.load_LE is None:
+            return self.nats
+        return self.nats + load_balancing / len(self.load_LE) * self.balance
+
+
+def add_losses(losses: Sequence[Loss]) -> Loss:
+    """The Loss of all their tokens together."""
+    return Loss._make(None if parts[0] is None else torch.stack(parts).sum(0) for parts in zip(*losses, strict=True))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

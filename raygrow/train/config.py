@@ -57,6 +57,8 @@ class TrainConfig:
     every weight twice a step."""
     deterministic: bool = False
     """Bit-exact resume on CUDA too, at some cost in speed."""
+    load_balancing: NonNegativeFloat = 0.01
+    """Weight of the load-balancing loss of a model with experts (their mean over its Blocks)."""
     report_every: PositiveInt = 10
     """Steps between two lines of history.jsonl."""
     evaluate_every: PositiveInt = 100

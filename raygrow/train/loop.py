@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from raygrow.data.sampler import Sampler
 from raygrow.data.shards import open_tokens
+from raygrow.nn.loss import Loss, add_losses
 from raygrow.train.batches import batches
 from raygrow.train.checkpoint import AsyncSaver, Progress, load, state_table
 from raygrow.train.config import TrainConfig
@@ -26,7 +26,7 @@ from raygrow.train.plan import Phase
 from raygrow.train.schedule import learning_rate
 from raygrow.train.session import Session
 from raygrow.train.start import start_from_source
-from raygrow.train.step import train_step
+from raygrow.train.step import expert_figures, train_step
 from raygrow.train.worker import Worker, set_determinism
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ class _Window:
     """The steps since the last report."""
 
     first_step: int
-    loss: float | Tensor = 0.0
-    """Sum of this worker's shares of the steps' losses, on the device."""
+    losses: list[Loss] = field(default_factory=list)
+    """Of this worker's tokens, step by step, on the device."""
     clock: float = field(default_factory=time.perf_counter)
 
 
@@ -143,7 +143,7 @@ class _PhaseRun:
         for step, batch in zip(steps, step_batches, strict=True):
             lr = learning_rate(step, steps=phase.steps, peak=phase.lr, schedule=phase.schedule)
             set_learning_rate(self.optimizer, lr)
-            share, norm = train_step(
+            loss, norm = train_step(
                 self.model,
                 self.optimizer,
                 batch,
@@ -151,8 +151,9 @@ class _PhaseRun:
                 step_tokens=phase.step_tokens,
                 workers=self.worker.count,
                 clip=self.config.optimizer.clip,
+                load_balancing=self.config.load_balancing,
             )
-            window.loss = window.loss + share
+            window.losses.append(loss)
             self.progress.step = step + 1
             if self._is_due(self.config.report_every):
                 outcome = self._report_step(window, grad_norm=norm.item(), lr=lr)
@@ -164,16 +165,22 @@ class _PhaseRun:
     def _report_step(self, window: "_Window", *, grad_norm: float, lr: float) -> Outcome | None:
         """Where the workers agree: loss, stop, checkpoint. Returns how the phase ends, if it ends here."""
         steps = self.progress.step - window.first_step
-        loss, stop, written = self.worker.sum(
-            window.loss / steps, self.session.stop_requested(), self.saver.is_written()
+        tokens = steps * self.phase.step_tokens
+        own = add_losses(window.losses)
+        stop, written, nats, *of_experts = self.worker.sum(
+            self.session.stop_requested(), self.saver.is_written(), *(part for part in own if part is not None)
         )
+        loss, experts = nats / tokens, {}
+        if own.load_LE is not None:
+            balance, *loads = of_experts
+            experts = expert_figures(balance, torch.tensor(loads).view(own.load_LE.shape), tokens=tokens)
         seconds = time.perf_counter() - window.clock
         self.progress.seconds += seconds
         if problem := self._divergence(loss, grad_norm):
             # a checkpoint still being written is from an earlier report, when all was well
             return Outcome("failed", problem if self.saver.idle else self._commit() or problem)
         self.progress.lowest_loss = min(self.progress.lowest_loss, loss)
-        self._log(loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_second=steps * self.phase.step_tokens / seconds)
+        self._log(loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_second=tokens / seconds, **experts)
         if problem := self._checkpoint(written=written == self.worker.count, stop=bool(stop)):
             return Outcome("failed", problem)
         if stop and self.progress.step < self.phase.steps:
@@ -202,7 +209,7 @@ class _PhaseRun:
             )
         return None
 
-    def _log(self, *, loss: float, grad_norm: float, lr: float, tokens_per_second: float) -> None:
+    def _log(self, *, loss: float, grad_norm: float, lr: float, tokens_per_second: float, **experts: float) -> None:
         """One line of history, with the evaluation's figures where one is due."""
         phase, step = self.phase, self.progress.step
         scores = self.validation.scores(self.model, self.worker) if self._is_due(self.config.evaluate_every) else {}
@@ -219,6 +226,7 @@ class _PhaseRun:
             "mfu": peak and tokens_per_second * phase.flops_per_token / peak,
             "memory_bytes": self.worker.peak_memory(),
             "seconds": self.progress.seconds,
+            **experts,
             **scores,
         }
         if self.worker.rank == 0:

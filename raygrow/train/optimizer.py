@@ -11,14 +11,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW. Matrices decay; norm weights and biases do not. Frozen parameters are left out."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if decays(name)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in trainable if not decays(name)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
+
+
+def decays(name: str) -> bool:
+    """Whether a parameter is a matrix. By name: the stacked biases of experts have two axes too."""
+    *_, module, kind = name.split(".")
+    return kind == "weight" and not module.endswith("norm")
 
 
 def ensure_state(optimizer: torch.optim.Optimizer) -> None:

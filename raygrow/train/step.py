@@ -1,10 +1,14 @@
-"""One optimizer step: micro-batches forward and backward, clipping, AdamW. Shapes: B sequences, T tokens."""
+"""One optimizer step: micro-batches forward and backward, clipping, AdamW.
+
+Shapes: B sequences, T tokens, L Blocks with experts, E experts.
+"""
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from raygrow.nn.loss import Loss, add_losses
 from raygrow.nn.rack import Rack
 
 
@@ -17,7 +21,8 @@ def train_step(
     step_tokens: int,
     workers: int,
     clip: float,
-) -> tuple[Tensor, Tensor]:
+    load_balancing: float,
+) -> tuple[Loss, Tensor]:
     """Trains on this worker's part of a global batch.
 
     The loss is divided by the tokens of the whole step, so that the gradient is the same for any number of workers
@@ -31,21 +36,42 @@ def train_step(
         step_tokens: Tokens of the global batch.
         workers: Number of workers.
         clip: Largest gradient norm.
+        load_balancing: Weight of the load-balancing loss of a model with experts.
 
     Returns:
-        This worker's share of the mean loss (the workers' shares add up to it), and the gradient norm before
-        clipping; scalars on the device, not yet waited for.
+        The sums of the losses of this worker's tokens, and the gradient norm before clipping; on the device, not yet
+        waited for.
     """
     micro_batches = list(zip(*(part.split(micro_batch_size) for part in batch), strict=True))
-    share = torch.zeros((), device=batch[0].device)
+    losses = []
     assert isinstance(model, FSDPModule)
     for index, (tokens_BT, targets_BT) in enumerate(micro_batches):
         model.set_requires_gradient_sync(index == len(micro_batches) - 1)
-        loss = model(tokens_BT, targets_BT).nats / step_tokens
+        loss = model(tokens_BT, targets_BT)
         # FSDP averages gradients over workers; the sum is wanted
-        (loss * workers).backward()
-        share += loss.detach()
+        (loss.objective(load_balancing) / step_tokens * workers).backward()
+        losses.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), clip)
     optimizer.step()
     optimizer.zero_grad()
-    return share, norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return add_losses(losses), norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def expert_figures(balance: float, load_LE: Tensor, *, tokens: int) -> dict[str, float]:
+    """The metrics of experts, by name.
+
+    Args:
+        balance: Sum of the load-balancing losses of the Blocks with experts.
+        load_LE: Slots that each expert got.
+        tokens: Tokens that were trained on.
+
+    Returns:
+        The loss a token and Block, 1 where all experts share evenly; the largest and smallest load of any expert,
+        as a multiple of an even one.
+    """
+    relative_LE = load_LE / load_LE.mean(-1, keepdim=True)
+    return {
+        "balance_loss": balance / len(load_LE) / tokens,
+        "expert_load_max": relative_LE.max().item(),
+        "expert_load_min": relative_LE.min().item(),
+    }

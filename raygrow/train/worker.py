@@ -28,8 +28,8 @@ class Worker:
         return cls(dist.get_rank(), dist.get_world_size(), device, make_mesh(device))
 
     def sum(self, *values: float | torch.Tensor) -> list[float]:
-        """Sums of values over all workers."""
-        row = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+        """Sums of values over all workers; a tensor's elements follow one another."""
+        row = torch.cat([torch.as_tensor(value, dtype=torch.float64, device=self.device).flatten() for value in values])
         dist.all_reduce(row)
         return row.tolist()
 

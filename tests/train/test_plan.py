@@ -62,7 +62,7 @@ def test_frozen_parameters_cost_less() -> None:
     def cost(*frozen: str) -> float:
         return resolve(PlanConfig(phases={"x": PhaseConfig(steps=1, frozen=frozen)}), TARGET, TRAIN)[0].flops_per_token
 
-    block, head = block_flops(TARGET, 64), head_flops(TARGET)
+    block, head = block_flops(TARGET, 0, 64), head_flops(TARGET)
     assert cost() - cost("blocks.11.*") == pytest.approx(block.weight_gradient)
     assert cost() - cost("embedding.*", "blocks.0.*") == pytest.approx(block.weight_gradient + block.input_gradient)
     assert cost() - cost("blocks.3.mlp.*") == 0  # its attention still trains
