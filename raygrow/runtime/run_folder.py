@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any
 
 from ray.train import Checkpoint
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from torch import Tensor
 
 from raygrow.config import RunConfig, from_yaml, to_tree, to_yaml
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import parameters
 from raygrow.runtime.storage import StoredFolder
-from raygrow.train.checkpoint import CheckpointTensors
 from raygrow.train.loop import Outcome
 from raygrow.train.plan import Phase
 from raygrow.weights.folder import write_folder
@@ -91,17 +91,18 @@ class RunFolder(StoredFolder):
         summary = self.read("summary.json")
         return summary is not None and json.loads(summary)["status"] == "finished"
 
-    def write_model(self, config: ModelConfig, checkpoint: Path, *, tokenizer: Path) -> None:
-        """Writes the model folder from the run's last checkpoint, one tensor at a time."""
-        weights = CheckpointTensors(checkpoint, "model.")
+    def write_model(
+        self, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: Path, name: str = "model"
+    ) -> None:
+        """Writes a model folder from named tensors, one at a time."""
         if self.local:
-            write_folder(self.local / "model", config, weights.items(), tokenizer_from=tokenizer, replace=True)
+            write_folder(self.local / name, config, tensors, tokenizer_from=tokenizer, replace=True)
             return
         with tempfile.TemporaryDirectory() as aside:
-            model = write_folder(Path(aside) / "model", config, weights.items(), tokenizer_from=tokenizer)
+            model = write_folder(Path(aside) / "model", config, tensors, tokenizer_from=tokenizer)
             # a folder without its config.json is no model folder, so that it is whole once this last file is there
             for file in sorted(model.iterdir(), key=lambda file: file.name == "config.json"):
-                self.upload(file, f"model/{file.name}")
+                self.upload(file, f"{name}/{file.name}")
 
     @contextmanager
     def records(self) -> Iterator[Path]:

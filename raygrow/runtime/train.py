@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from raygrow.config import RunConfig
-from raygrow.data.shards import TOKENIZER_FOLDER, check_tokenizer, open_tokens
+from raygrow.data.shards import check_tokenizer, open_tokens
 from raygrow.report.html import write_report
 from raygrow.report.text import print_summary
 from raygrow.runtime.cluster import connect, has_gpu
@@ -31,6 +31,7 @@ from raygrow.runtime.history import open_history
 from raygrow.runtime.live import follow
 from raygrow.runtime.progress import progress_bars
 from raygrow.runtime.run_folder import RunFolder
+from raygrow.runtime.saves import Saves
 from raygrow.runtime.session import RaySession
 from raygrow.runtime.stop import StopWish, stop_wish
 from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
@@ -94,13 +95,15 @@ def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, wi
         console.print(told, highlight=False, soft_wrap=True)
         return "finished"
     folder.remove("summary.json")  # of an earlier start, which ended otherwise
-    history = open_history(folder)
+    history, saves = open_history(folder), Saves(run, folder, console)
     outcome, checkpoint = Outcome("finished"), None
     for phase in phases:
         checkpoint_before, checkpoint = checkpoint, folder.finished_phase(phase.name)
         if checkpoint is None and wish.made:
             outcome = Outcome("stopped", f"{phase.name}: not begun")
-        elif checkpoint is None:
+            break
+        saves.start(phase, checkpoint_before)
+        if checkpoint is None:
             folder.mend_phase(phase.name)
             trainer = _trainer(run, phase, checkpoint_before, folder, history)
             fit = _in_thread(trainer.fit)
@@ -109,11 +112,12 @@ def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, wi
         if outcome.status != "finished" or checkpoint is None:
             break
         folder.finish_phase(phase.name, checkpoint)
+        saves.end(phase, checkpoint)
     if unwritten := ray.get(history.close.remote()):
         folder.write_history(unwritten)
+    saves.history()
     if outcome.status == "finished" and checkpoint:
-        with checkpoint.as_directory() as weights:
-            folder.write_model(phases[-1].model, Path(weights), tokenizer=Path(run.data.path) / TOKENIZER_FOLDER)
+        saves.write(phases[-1], checkpoint, "model")
     else:
         ending = f"[bold]{run.name} {outcome.status}[/]: {escape(outcome.reason)}"
         console.print(ending, highlight=False, soft_wrap=True)

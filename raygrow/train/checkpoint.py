@@ -60,7 +60,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Pr
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, each read whole when asked for and then forgotten.
+    """A checkpoint's tensors by name, each read whole when asked for and kept until the next one is.
 
     Args:
         folder: The checkpoint.
@@ -71,6 +71,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         self.folder, self.prefix = folder, prefix
         if not (folder / ".metadata").is_file():
             raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no .metadata file")
+        self._newest: tuple[str, Tensor] | None = None
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
         self._stored = {
             name.removeprefix(prefix): entry
@@ -79,11 +80,15 @@ class CheckpointTensors(Mapping[str, Tensor]):
         }
 
     def __getitem__(self, name: str) -> Tensor:
+        if self._newest and self._newest[0] == name:  # growth makes every expert from the same tensor, one by one
+            return self._newest[1]
         entry = self._stored[name]
+        self._newest = None
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone is what is meant here
             dcp_load({self.prefix + name: tensor}, checkpoint_id=self.folder, no_dist=True)
+        self._newest = name, tensor
         return tensor
 
     def __contains__(self, name: object) -> bool:

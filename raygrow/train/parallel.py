@@ -33,6 +33,11 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether Blocks are compiled."""
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+
+
 def build_sharded(model: ModelConfig, config: TrainConfig, mesh: DeviceMesh, device: torch.device) -> Rack:
     """A Rack whose every Block is sharded over the mesh, with memory but no values yet.
 
@@ -42,7 +47,7 @@ def build_sharded(model: ModelConfig, config: TrainConfig, mesh: DeviceMesh, dev
     for block in rack.blocks:
         if config.activation_checkpointing:
             block.forward = _checkpointed(block.forward)
-        if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        if compiles(config, device):
             # the forward, not the module: FSDP's hooks then stay outside the compiled graph
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     bf16 = uses_bf16(config, device)
@@ -88,13 +93,15 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
 def fill(destination: Tensor, full: Tensor) -> None:
     """Copies a full tensor into a sharded (or plain) one; each worker keeps its own part. No communication."""
     with torch.no_grad():
-        if isinstance(destination, DTensor):
-            part = distribute_tensor(
-                full.to(destination.dtype), destination.device_mesh, destination.placements, src_data_rank=None
-            )
-            destination.to_local().copy_(part.to_local())
-        else:
-            destination.copy_(full)
+        local_part(destination).copy_(part_of(full, like=destination))
+
+
+def part_of(full: Tensor, *, like: Tensor) -> Tensor:
+    """The part of a full tensor that this worker has of a sharded one, in its dtype; all of it for a plain one."""
+    full = full.to(like.dtype)
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def fill_initial(model: nn.Module, config: ModelConfig, seed: int) -> None:

@@ -12,25 +12,27 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from raygrow.growth.growth import Growth
+from raygrow.nn.init import initial_value
 from raygrow.nn.rack import Rack
 from raygrow.train.checkpoint import CheckpointTensors
 from raygrow.train.config import TrainConfig
 from raygrow.train.evaluation import Validation
 from raygrow.train.optimizer import MOMENTS, ensure_state, state_tensors
-from raygrow.train.parallel import build_sharded, fill, fill_from, local_part, reshard
+from raygrow.train.outputs import outputs
+from raygrow.train.parallel import build_sharded, fill, fill_from, local_part, part_of
 from raygrow.train.plan import Phase
 from raygrow.train.worker import Worker
 from raygrow.weights.apply import apply_rules
+from raygrow.weights.checks import Check, meant_zeros, none_of, statistics_checks, tensor_statistics
 from raygrow.weights.folder import open_folder
-from raygrow.weights.rules import Rules, copy_rule
-from raygrow.weights.verify import Check, Outputs, Verification, statistics_checks, tensor_statistics, verify
+from raygrow.weights.moments import Policy, moment_rules
+from raygrow.weights.rules import Rules, Sliceable, copy_rule, take
+from raygrow.weights.shapes import parameter_shapes
+from raygrow.weights.verify import Outputs, Verification, verify
 
 logger = logging.getLogger(__name__)
-
-PROBE_SEQUENCES, PROBE_TOKENS = 2, 64
-"""Size of the batch whose logits are compared before and after growth."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,21 @@ class Start:
     """Of the growth, where there was one."""
     seconds: float
     """Training time that the run had spent before."""
+
+
+def start_tensors(phase: Phase, checkpoint: Path | None, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the model as a phase begins, one at a time: the same that its workers start with.
+
+    Args:
+        phase: The phase.
+        checkpoint: The last checkpoint of the phase before, where there was one.
+        seed: Of the run, for a model that starts afresh.
+    """
+    if phase.source is None:
+        shapes = parameter_shapes(phase.model)
+        return ((name, initial_value(name, shape, phase.model, seed)) for name, shape in shapes.items())
+    weights = _weights(phase, checkpoint)
+    return apply_rules(phase.growth.grow(phase.source).rules, weights) if phase.growth else iter(weights.items())
 
 
 def start_from_source(
@@ -66,11 +83,11 @@ def start_from_source(
     weights = _weights(phase, checkpoint)
     parameters = dict(model.named_parameters())
     # a model folder holds no optimizer state
-    state_from = checkpoint if phase.optimizer_state == "copy" and not phase.init else None
+    state_from = None if phase.init or phase.optimizer_state == "drop" else checkpoint
     if phase.growth is None:
         fill_from(parameters, weights)
         if state_from:
-            _copy_optimizer_state({name: copy_rule(name) for name in parameters}, state_from, model, optimizer)
+            _take_optimizer_state({name: copy_rule(name) for name in parameters}, "copy", state_from, model, optimizer)
         return Start(None, _seconds(checkpoint))
 
     assert phase.source is not None
@@ -79,16 +96,18 @@ def start_from_source(
     for name, full in apply_rules(growth.rules, weights):
         fill(parameters[name], full)
     if state_from:
-        _copy_optimizer_state(growth.rules, state_from, model, optimizer)
+        policy: Policy = "asymmetric" if phase.optimizer_state == "asymmetric" else "copy"
+        _take_optimizer_state(growth.rules, policy, state_from, model, optimizer)
     verification = verify(
         before,
-        _outputs(model, validation, worker),
+        outputs(model, validation, config, worker),
         operator=asdict(phase.growth),
         exact=growth.exact,
+        origins=growth.origins,
         source=phase.source,
         target=phase.model,
         parameters=sum(parameter.numel() for parameter in parameters.values()),
-        checks=_checks(phase, weights, parameters, worker),
+        checks=_tensor_checks(growth, weights, parameters, worker),
         max_loss_jump=phase.max_loss_jump,
     )
     return Start(verification, _seconds(checkpoint))
@@ -96,7 +115,7 @@ def start_from_source(
 
 def _weights(phase: Phase, checkpoint: Path | None) -> Mapping[str, Tensor]:
     if phase.init:
-        return open_folder(phase.init).tensors
+        return _InFp32(open_folder(phase.init).tensors)
     assert checkpoint, "a phase with a source has a phase before it or an init folder"
     return CheckpointTensors(checkpoint, "model.")
 
@@ -105,56 +124,67 @@ def _seconds(checkpoint: Path | None) -> float:
     return CheckpointTensors(checkpoint, "progress.")["seconds"].item() if checkpoint else 0.0
 
 
-def _outputs(model: Rack, validation: Validation, worker: Worker) -> Outputs:
-    with torch.no_grad():
-        logits_BTV = model(validation.probe(PROBE_SEQUENCES, PROBE_TOKENS).to(worker.device)).cpu()
-    reshard(model)
-    return Outputs(logits_BTV=logits_BTV, loss=validation.loss(model, worker))
-
-
 def _outputs_of_source(
     phase: Phase, config: TrainConfig, weights: Mapping[str, Tensor], validation: Validation, worker: Worker
 ) -> Outputs:
     """What the source says. Its model lives only as long as this call."""
     assert phase.source is not None
-    # run as written: compiling a model for two batches costs more than it saves
-    source = build_sharded(phase.source, replace(config, compile="off"), worker.mesh, worker.device)
+    uncompiled = replace(config, compile="off")
+    source = build_sharded(phase.source, uncompiled, worker.mesh, worker.device)
     fill_from(dict(source.named_parameters()), weights)
-    outputs = _outputs(source, validation, worker)
+    said = outputs(source, validation, uncompiled, worker)
     del source
     gc.collect()  # FSDP's hooks and modules refer to each other, so the memory would stay taken
-    return outputs
+    return said
 
 
-def _copy_optimizer_state(rules: Rules, checkpoint: Path, model: Rack, optimizer: torch.optim.Optimizer) -> None:
-    """Grows Adam's moments by the rules of the weights; the step count of each goes along.
+def _take_optimizer_state(
+    rules: Rules, policy: Policy, checkpoint: Path, model: Rack, optimizer: torch.optim.Optimizer
+) -> None:
+    """Grows Adam's moments as `weights/moments.py` says; the step count of each parameter is that of its first source.
 
     Moments under a wrong step count would be over- or undercorrected in the first updates.
     """
     ensure_state(optimizer)
     state = state_tensors(model, optimizer)
     steps = CheckpointTensors(checkpoint, "step.")
-    # parameters that were frozen in the phase before have no state to go on from
-    known = {name: rules[name] for name in state["step"] if all(source in steps for source in rules[name].sources)}
-    if len(known) < len(state["step"]):
-        logger.info("%d parameters were not trained before: Adam starts afresh there", len(state["step"]) - len(known))
-    for key in MOMENTS:
-        for name, full in apply_rules(known, CheckpointTensors(checkpoint, f"{key}.")):
-            fill(state[key][name], full)
+    known: Rules = {}
+    for moment in MOMENTS:
+        table = moment_rules(rules, moment, policy)
+        # parameters that were frozen in the phase before have no state to go on from
+        known = {
+            name: table[name]
+            for name in state["step"]
+            if name in table and all(source in steps for source in table[name].sources)
+        }
+        for name, full in apply_rules(known, CheckpointTensors(checkpoint, f"{moment}.")):
+            fill(state[moment][name], full)
     for name, rule in known.items():
         fill(state["step"][name], steps[rule.sources[0]])
+    if fresh := len(state["step"]) - len(known):
+        logger.info("Adam starts afresh for %d of %d parameters: nothing is known of theirs", fresh, len(state["step"]))
 
 
-def _checks(
-    phase: Phase, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor], worker: Worker
+def _tensor_checks(
+    growth: Growth, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor], worker: Worker
 ) -> list[Check]:
-    """The operator's own checks and those of the tensors' values, over all workers' shards."""
-    assert phase.growth is not None
-    local = {name: local_part(parameter.detach()) for name, parameter in parameters.items()}
-    checks = [_agreed(check, worker) for check in phase.growth.checks(_LocalParts(weights, parameters), local.items())]
-    names, statistics = tensor_statistics(local.items())
+    """Whether the tensors are what the growth's rules say, and their values, over all workers' shards."""
+    names, statistics = tensor_statistics((name, local_part(tensor)) for name, tensor in parameters.items())
     total = torch.tensor(worker.sum(*statistics.flatten())).reshape(statistics.shape)
-    return checks + statistics_checks(names, total, phase.model)
+    return [
+        _agreed(_rules_check(growth.rules, weights, parameters), worker),
+        *statistics_checks(names, total, growth.config, zeros=meant_zeros(growth.rules)),
+    ]
+
+
+@torch.no_grad()
+def _rules_check(rules: Rules, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Check:
+    wrong = [
+        name
+        for name, full in apply_rules(rules, weights)
+        if not torch.equal(part_of(full, like=parameters[name]), local_part(parameters[name]))
+    ]
+    return none_of("rules", wrong, "every tensor is bit-equal to what its rule makes of the source")
 
 
 def _agreed(check: Check, worker: Worker) -> Check:
@@ -165,20 +195,23 @@ def _agreed(check: Check, worker: Worker) -> Check:
     return replace(check, passed=False, detail=f"{failures} other workers found their shards to differ")
 
 
-class _LocalParts(Mapping[str, Tensor]):
-    """The source's tensors, each cut as the target's tensor of the same name is cut over the workers."""
+class _InFp32(Sliceable):
+    """A model folder's tensors as they are trained. Growth with fewer bits would round what is to cancel out."""
 
-    def __init__(self, weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-        self._weights, self._like = weights, like
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        like = self._like[name]
-        assert isinstance(like, DTensor), "parameters of a sharded model"
-        full = self._weights[name].to(like.dtype)
-        return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+        return self._tensors[name].float()
+
+    def take(self, name: str, index: int) -> Tensor:
+        return take(self._tensors, name, index).float()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self._tensors)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from raygrow.weights.verify import Check, Verification
+from raygrow.weights.checks import Check
+from raygrow.weights.verify import Verification
 
 FLOPS_PER_TOKEN = {"base": 1e8, "target": 3e8}
 GROWTH = Verification(
