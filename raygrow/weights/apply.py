@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from raygrow.weights.rules import Rule, Rules, Sliceable, Stacked, take
+from raygrow.weights.rules import Rule, Rules, Sliceable, Stacked
 
 
 class Derived(Sliceable):
@@ -21,12 +21,12 @@ class Derived(Sliceable):
         return self._rules[name].apply(self._sources)
 
     def take(self, name: str, index: int) -> Tensor:
-        """`self[name][index]`, made alone where the rule is stacked or a plain copy."""
+        """`self[name][index]`, made alone where the rule is stacked or has no fill."""
         rule = self._rules[name]
         if isinstance(rule, Stacked):
             return rule.rules[index].apply(self._sources)
-        if is_copy(rule):
-            return take(self._sources, rule.terms[0].source, index)
+        if rule.fill is None:
+            return Rule(tuple(term.at(index) for term in rule.terms)).apply(self._sources)
         return self[name][index]
 
     def __contains__(self, name: object) -> bool:
@@ -37,14 +37,6 @@ class Derived(Sliceable):
 
     def __len__(self) -> int:
         return len(self._rules)
-
-
-def is_copy(rule: Rule) -> bool:
-    """Whether a rule takes one source tensor as it is."""
-    if rule.fill is not None or len(rule.terms) != 1:
-        return False
-    (term,) = rule.terms
-    return term.gather is None and term.coefficient == 1
 
 
 def apply_rules(rules: Rules, sources: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ Adam's moments.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -50,6 +50,14 @@ class Term:
                 value = value.index_select(axis, torch.tensor(indices, device=value.device))
             axis += 1
         return value if self.coefficient == 1.0 else value * self.coefficient
+
+    def at(self, index: int) -> "Term":
+        """The term whose value is this one's at `index` of its first axis."""
+        gather = (*(self.gather or ()), None)
+        axis = next(axis for axis, indices in enumerate(gather) if not isinstance(indices, int))
+        indices = gather[axis]
+        taken = indices[index] if isinstance(indices, tuple) else index
+        return replace(self, gather=(*gather[:axis], taken, *gather[axis + 1 :]))
 
 
 class Fill(Protocol):

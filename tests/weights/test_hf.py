@@ -10,7 +10,7 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.weights.folder import load_model, open_folder, write_folder
-from raygrow.weights.hf import from_hf_config, to_hf_config, updated_hf_config
+from raygrow.weights.hf.config import from_hf_config, to_hf_config, updated_hf_config
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMAS = {
@@ -112,7 +112,7 @@ def test_a_key_that_is_not_there_is_named():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("mlp", "gelu"), ("norm", "layernorm"), ("qk_norm", True), ("attention_mode", "bidirectional")],
+    [("mlp", "gelu"), ("norm", "layernorm"), ("attention_mode", "bidirectional"), ("logit_scale", 0.5)],
 )
 def test_what_llama_cannot_express_is_named(field, value, tmp_path):
     config = ModelConfig(vocab_size=8, d_model=8, n_heads=2, d_ff=8, blocks_per_stack=1, **{field: value})
