@@ -92,7 +92,7 @@ class Depth:
         if extra > n_blocks:
             raise ValueError(
                 f"extra_layers={extra}: source={self.source} copies a segment of that length, but the model to grow "
-                f"has {n_blocks} blocks; use gstack, source=spread or a list of blocks"
+                f"is only {n_blocks} deep; use gstack, source=spread or a list of blocks"
             )
         start = n_blocks - extra if self.source == "back" else (n_blocks - extra) // 2
         return all_blocks[: start + extra] + all_blocks[start:]
