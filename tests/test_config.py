@@ -12,7 +12,9 @@ from omegaconf import OmegaConf, open_dict
 import raygrow.conf
 from raygrow.config import RunConfig, WorkersConfig, build, from_yaml, to_tree, to_yaml
 from raygrow.growth.gstack import Gstack
+from raygrow.nn.cost import active_parameters, parameters
 from raygrow.train.plan import resolve
+from raygrow.weights.hf.config import to_hf_config
 
 CONF = Path(raygrow.conf.__file__).parent
 OPTIONS = sorted(
@@ -22,6 +24,8 @@ OPTIONS = sorted(
 )
 REQUIRED = {"files": ["data.files=a.txt"], "dataset": ["data.dataset=some/name"]}
 """What an option leaves to the user."""
+FIFTEEN_BLOCKS = ("decoder/moe/450m", "decoder/moe/450m_gated", "moe_450m", "moe_450m_gated")
+"""Models that the default plan cannot end with: it stacks four times."""
 
 
 def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
@@ -42,8 +46,40 @@ def tree() -> dict[str, Any]:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_makes_a_run(group: str, option: str) -> None:
-    run = build(RunConfig, composed(f"{group}={option}", *REQUIRED.get(option, [])))
+    needed = ["plan=scratch"] if option in FIFTEEN_BLOCKS else REQUIRED.get(option, [])
+    run = build(RunConfig, composed(f"{group}={option}", *needed))
     assert resolve(run.plan, run.model, run.train)[-1].model.n_blocks == run.model.n_blocks
+
+
+def test_the_multistage_plan_is_the_one_that_was_asked_for() -> None:
+    run = build(RunConfig, composed("plan=multistage_450m"))
+    phases = resolve(run.plan, run.model, run.train)
+    assert [(p.name, p.steps, p.lr, p.batch_size, p.max_loss_jump, p.save_start, p.save_end) for p in phases] == [
+        ("dense", 10, 3e-4, 8, None, None, "dense_model"),
+        ("moe", 10, 1e-4, 8, 1e-3, "moe_model_init", "moe_model_final"),
+        ("medium_moe", 10, 8e-5, 2, 1e-3, None, "medium_moe_final"),
+        ("large_moe", 10, 5e-5, 1, 0.2, None, "large_moe_final"),
+    ]
+    sizes = [(p.model.d_model, p.model.n_blocks, p.model.n_heads, p.model.head_dim, p.model.d_ff) for p in phases]
+    assert sizes == [(512, 12, 8, 64, 2048), (512, 12, 8, 64, 2048), (1024, 12, 16, 64, 4096), (1024, 15, 16, 64, 4096)]
+    assert [p.model.n_experts for p in phases] == [0, 8, 8, 8]
+    assert [p.model.tie_embeddings for p in phases] == [True, True, False, False]
+    assert [round(parameters(p.model) / 1e6, 1) for p in phases] == [63.5, 239.7, 958.7, 1172.6]
+    assert [round(active_parameters(p.model) / 1e6, 1) for p in phases] == [63.5, 88.7, 354.7, 417.7]
+
+
+@pytest.mark.parametrize("plan", ["multistage_450m", "multistage_450m_long", "multistage_450m_gated"])
+def test_a_plan_brings_its_model_along_and_leaves_the_last_word_to_the_user(plan: str) -> None:
+    assert composed(f"plan={plan}")["name"] == plan
+    mine = composed(f"plan={plan}", "model=tiny", "data=files", "data.files=a.txt", "++train.seq_len=256", "name=mine")
+    assert (mine["model"]["d_model"], mine["data"]["kind"], mine["train"]["seq_len"]) == (192, "files", 256)
+    assert (mine["name"], mine["data"]["path"]) == ("mine", "data/files-50257")
+    assert list(mine["plan"]["phases"]) == ["dense", "moe", "medium_moe", "large_moe"]
+
+
+def test_the_gated_plan_ends_with_a_mixtral() -> None:
+    run = build(RunConfig, composed("plan=multistage_450m_gated"))
+    assert to_hf_config(run.model)["architectures"] == ["MixtralForCausalLM"]
 
 
 def test_options_were_found() -> None:

@@ -1,8 +1,10 @@
 """What a plan would do, without doing it: every model built and every growth applied on the meta device."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
-from raygrow.nn.cost import parameters, training_memory
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.cost import active_parameters, parameters, training_memory
 from raygrow.nn.rack import Rack
 from raygrow.train.config import TrainConfig
 from raygrow.train.plan import Phase
@@ -10,8 +12,11 @@ from raygrow.weights.apply import apply_rules
 from raygrow.weights.shapes import meta_rack
 
 
+HEADER = ("phase", "starts from", "model", "parameters", "active", "steps", "tokens", "PFLOPs", "share", "GiB/worker")
+
+
 def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> str:
-    """A table of the phases: model, parameters, steps, tokens, FLOPs, memory per worker.
+    """A table of the phases: model, parameters (all, and those that one token uses), steps, tokens, FLOPs, memory.
 
     Args:
         phases: A resolved plan.
@@ -21,7 +26,7 @@ def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> s
     Raises:
         ValueError: If a model does not build as predicted, or a growth does not give its target's shapes.
     """
-    rows = [("phase", "starts from", "model", "parameters", "steps", "tokens", "PFLOPs", "share", "GiB/worker")]
+    rows = [HEADER]
     total = sum(phase.flops for phase in phases)
     for phase in phases:
         model = _build(phase)
@@ -32,8 +37,9 @@ def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> s
             (
                 phase.name,
                 _origin(phase, phases),
-                f"{phase.model.n_stacks} x {phase.model.blocks_per_stack} blocks of d {phase.model.d_model}",
+                _shape(phase.model),
                 f"{count:,}",
+                f"{active_parameters(phase.model):,}",
                 f"{phase.steps:,}",
                 f"{phase.tokens:,}",
                 f"{phase.flops / 1e15:,.4g}",
@@ -41,7 +47,7 @@ def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> s
                 f"{_memory(phase, config, workers) / 2**30:.2f}",
             )
         )
-    rows.append(("total", "", "", "", "", f"{sum(p.tokens for p in phases):,}", f"{total / 1e15:,.4g}", "100.0%", ""))
+    rows.append(("total", "", "", "", "", "", f"{sum(p.tokens for p in phases):,}", f"{total / 1e15:,.4g}", "100.0%", ""))
     return _table(rows)
 
 
@@ -62,8 +68,16 @@ def _origin(phase: Phase, phases: Sequence[Phase]) -> str:
     start = phase.init or (phases[index - 1].name if index else "random weights")
     if phase.growth is None:
         return start
-    details = ", ".join(f"{key} {value}" for key, value in vars(phase.growth).items() if key != "operator")
+    settings = {field.name: (getattr(phase.growth, field.name), field.default) for field in fields(phase.growth)}
+    del settings["operator"]
+    # what is off, as it is by default, says nothing
+    details = ", ".join(f"{name} {value}" for name, (value, default) in settings.items() if value or value != default)
     return f"{start}, {phase.growth.operator} ({details})"
+
+
+def _shape(model: ModelConfig) -> str:
+    blocks = f"{model.n_stacks} x {model.blocks_per_stack} blocks of d {model.d_model}"
+    return f"{blocks}, {model.n_experts} experts top-{model.top_k}" if model.n_experts else blocks
 
 
 def _memory(phase: Phase, config: TrainConfig, workers: int) -> int:

@@ -1,13 +1,17 @@
 """A plan is resolved from its target backward, and says what is wrong with it."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from raygrow.growth.depth import Depth
+from raygrow.growth.experts import Experts
 from raygrow.growth.gstack import Gstack
+from raygrow.growth.width import Width
 from raygrow.nn.config import ModelConfig
-from raygrow.nn.cost import block_flops, head_flops, training_flops_per_token
+from raygrow.nn.cost import active_parameters, block_flops, head_flops, training_flops_per_token
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.train.config import PhaseConfig, PlanConfig, ScheduleConfig, TrainConfig
@@ -105,6 +109,7 @@ def test_schedules_warm_up_and_decay(kind: str) -> None:
         ({"base": PhaseConfig(share=0.7), "x": PhaseConfig(share=0.7, growth=Gstack(factor=2))}, "add up to"),
         ({"base": PhaseConfig(tokens=3)}, "less than one step"),
         ({"base": PhaseConfig(seq_len=48)}, "does not divide"),
+        ({"a": PhaseConfig(steps=1, save_end="x"), "b": PhaseConfig(save_start="x")}, r"plan\.phases\.b\.save_start=x"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_names_the_phase(phases: dict[str, PhaseConfig], message: str) -> None:
@@ -121,6 +126,31 @@ def test_a_phase_may_start_from_a_model_folder(tmp_path: Path) -> None:
     assert resolve(plan(grown=phase), TARGET, TRAIN)[0].source == small
     with pytest.raises(ValueError, match="blocks"):
         resolve(plan(grown=PhaseConfig(init=str(folder), growth=Gstack(factor=2))), TARGET, TRAIN)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".hidden"])
+def test_a_saved_model_has_a_plain_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"save_end='.*plain name"):
+        PhaseConfig(save_end=name)
+
+
+def test_a_dry_run_of_every_operator() -> None:
+    target = replace(TARGET, d_ff=256, blocks_per_stack=5, n_experts=8, top_k=2)
+    stages = {
+        "dense": PhaseConfig(steps=1),
+        "stacked": PhaseConfig(steps=1, growth=Gstack(factor=2)),
+        "moe": PhaseConfig(steps=1, growth=Experts(n_experts=8, top_k=2)),
+        "wide": PhaseConfig(steps=1, growth=Width(factor=2, untie=True)),
+        "deep": PhaseConfig(steps=1, growth=Depth(extra_layers=1, identity=True)),
+    }
+    phases = resolve(PlanConfig(phases=stages), target, TRAIN)
+    dense = phases[0].model
+    assert (dense.d_model, dense.n_heads, dense.d_ff, dense.n_blocks, dense.n_experts) == (32, 2, 128, 2, 0)
+    assert dense.tie_embeddings
+    *_, deep, _ = describe(phases, TRAIN, workers=2).splitlines()
+    assert "depth (extra_layers 1, source last, identity True)" in deep
+    assert f"{sum(p.numel() for p in Rack(target).parameters()):,}" in deep
+    assert f"{active_parameters(target):,}" in deep
 
 
 def test_a_dry_run_builds_and_grows_every_phase() -> None:
