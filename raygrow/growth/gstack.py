@@ -7,17 +7,12 @@ Embedding, final norm and head are copied. The function changes, so the loss ris
 positions have no parameters and need nothing.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from raygrow.growth.blocks import grow_blocks, shrink_blocks, split_name
+from raygrow.growth.blocks import grow_blocks, shrink_blocks
 from raygrow.growth.growth import Growth
 from raygrow.nn.config import ModelConfig
-from raygrow.weights.verify import Check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +53,3 @@ class Gstack:
             )
         n_stacks = 1 if target.n_stacks % self.factor else target.n_stacks // self.factor
         return shrink_blocks(target, tuple(range(n_blocks)) * self.factor, n_stacks=n_stacks)
-
-    def checks(self, source: Mapping[str, Tensor], target: Iterable[tuple[str, Tensor]]) -> list[Check]:
-        """Whether every target tensor is bit-equal to the one it comes from.
-
-        Args:
-            source: The source's tensors by name: full, or the same shard of each as in `target`.
-            target: Names and tensors of the grown model, or one worker's shards of them.
-        """
-        n_blocks = len({block for name in source if (block := split_name(name)[0]) is not None})
-        wrong = [name for name, tensor in target if not torch.equal(tensor, source[_origin(name, n_blocks)])]
-        detail = f"block i is bit-equal to block i mod {n_blocks}; embedding, norm and head are copies"
-        if wrong:
-            detail = f"{len(wrong)} tensors differ from what they are copies of, the first is {wrong[0]}"
-        return [Check(name="gstack copies", passed=not wrong, detail=detail)]
-
-
-def _origin(name: str, n_blocks: int) -> str:
-    """The source tensor behind a target tensor, for a source of `n_blocks` Blocks."""
-    block, rest = split_name(name)
-    return name if block is None else f"blocks.{block % n_blocks}.{rest}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raygrow.weights.apply import Derived, apply_rules
-from raygrow.weights.rules import Rule, Term, copy_rule
+from raygrow.weights.rules import Rule, Stacked, Term, copy_rule
 
 
 def test_a_copy_returns_the_source_itself():
@@ -38,3 +38,25 @@ def test_derived_views_chain_and_compute_only_what_is_asked_for():
     assert "never" in doubled
     assert len(doubled) == 2
     assert doubled["c"].tolist() == [2.0, 2.0]
+
+
+def test_stacked_rules_make_the_slices_of_one_tensor():
+    w, b = torch.randn(3, 2), torch.randn(3, 2)
+    rule = Stacked((Rule((Term("w", 2.0),)), copy_rule("b"), copy_rule("w")))
+    assert rule.sources == ("w", "b", "w")
+    assert torch.equal(rule.apply({"w": w, "b": b}), torch.stack((2 * w, b, w)))
+
+
+def test_an_integer_takes_one_slice_and_drops_the_axis():
+    w = torch.randn(3, 4, 5)
+    taken = Rule((Term("w", gather=(1, None, (4, 0, 0))),)).apply({"w": w})
+    assert torch.equal(taken, w[1][:, [4, 0, 0]])
+    assert torch.equal(Rule((Term("w", gather=(None, 2)),)).apply({"w": w}), w[:, 2])
+
+
+def test_a_fill_is_given_the_sum_of_the_terms():
+    class Negative:
+        def apply(self, value, sources):
+            return -value
+
+    assert Rule((Term("w"), Term("w")), Negative()).apply({"w": torch.ones(2)}).tolist() == [-2.0, -2.0]
