@@ -13,6 +13,8 @@ from torch import Tensor
 
 from raygrow.nn.init import seed_of
 
+_PART = 2**20
+
 
 @dataclass(frozen=True)
 class Fresh:
@@ -87,9 +89,11 @@ class Redraw:
 
 def mean_and_std(value: Tensor) -> tuple[float, float]:
     """Mean and standard deviation over all elements, in fp64 and so the same for any number of threads."""
-    mean = value.sum(dtype=torch.float64) / value.numel()
-    square = torch.linalg.vector_norm(value, dtype=torch.float64).square() / value.numel()
-    return mean.item(), math.sqrt(max((square - mean.square()).item(), 0.0))
+    # in parts: a copy of a large tensor in fp64 would be the largest thing in memory
+    parts = (part.double() for part in value.flatten().split(_PART))
+    total, squares = torch.stack([torch.stack((part.sum(), part.square().sum())) for part in parts]).sum(0).tolist()
+    mean = total / value.numel()
+    return mean, math.sqrt(max(squares / value.numel() - mean**2, 0.0))
 
 
 def _generator(key: str, seed: int) -> torch.Generator:

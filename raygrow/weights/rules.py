@@ -1,10 +1,10 @@
 """The rule table: how each tensor of one model is made from the tensors of another.
 
 A `Rule` is a sum of terms, then an optional fill; a term is a coefficient times a source tensor with its axes
-re-indexed, a fill puts random numbers into the result (`weights/fills.py`). `Stacked` puts the results of several rules
-along a new first axis, as the experts of a mixture are stored. Rules are data, so one table serves full tensors,
-tensors read lazily from a file, shards' full sources, meta tensors (shapes only) and, through `weights/moments.py`,
-Adam's moments.
+re-indexed, a fill puts something else into the result, such as random numbers (`weights/fills.py`). `Stacked` puts the
+results of several rules along a new first axis, as the experts of a mixture are stored. Rules are data, so one table
+serves full tensors, tensors read lazily from a file, shards' full sources, meta tensors (shapes only) and, through
+`weights/moments.py`, Adam's moments.
 """
 
 from collections.abc import Mapping
@@ -61,10 +61,10 @@ class Term:
 
 
 class Fill(Protocol):
-    """Random numbers in a tensor: a pure function of the fill's own settings and of the value."""
+    """What is put into the sum of the terms: a pure function of the fill's own settings and of that sum."""
 
     def apply(self, value: Tensor | None, sources: Mapping[str, Tensor]) -> Tensor:
-        """The filled tensor, not the one given. `value` is None where a rule has no terms."""
+        """The filled tensor; the one given stays as it is. `value` is None where a rule has no terms."""
         ...
 
 
