@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hydra import compose, initialize_config_module
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf, open_dict
 
 import raygrow.conf
 from raygrow.config import RunConfig, WorkersConfig, build, from_yaml, to_tree, to_yaml
@@ -15,6 +12,7 @@ from raygrow.growth.gstack import Gstack
 from raygrow.nn.cost import active_parameters, parameters
 from raygrow.train.plan import resolve
 from raygrow.weights.hf.config import to_hf_config
+from tests.composed import composed
 
 CONF = Path(raygrow.conf.__file__).parent
 OPTIONS = sorted(
@@ -26,17 +24,6 @@ REQUIRED = {"files": ["data.files=a.txt"], "dataset": ["data.dataset=some/name"]
 """What an option leaves to the user."""
 FIFTEEN_BLOCKS = ("decoder/moe/450m", "decoder/moe/450m_gated", "moe_450m", "moe_450m_gated")
 """Models that the default plan cannot end with: it stacks four times."""
-
-
-def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
-    OmegaConf.register_new_resolver("last", lambda path: str(path).rsplit("/")[-1], replace=True)
-    with initialize_config_module("raygrow.conf", version_base="1.3"):
-        config = compose(name, list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-        with open_dict(config):
-            del config["hydra"]
-        tree: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        return tree
 
 
 @pytest.fixture(scope="module")

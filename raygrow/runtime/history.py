@@ -75,6 +75,10 @@ class History:
             f"{'verified' if verification['passed'] else 'verification FAILED'}"
         )
 
+    def tell(self, text: str) -> None:
+        """Passes something on to whoever follows the run."""
+        self._news.append(text)
+
     def fail(self, reason: str) -> None:
         """Takes down an error that every retry would meet again."""
         self._failure = self._failure or reason

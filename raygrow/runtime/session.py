@@ -74,6 +74,10 @@ class RaySession:
         """Sends a line to the history actor without waiting for it."""
         self._history.append.remote(dict(record))
 
+    def warn(self, text: str) -> None:
+        """Has the driver print it."""
+        self._history.tell.remote(text)
+
     def rewind(self, step: int) -> None:
         """Has the history actor drop what will be run again, and removes checkpoints that were never recorded."""
         ray.get(self._history.rewind.remote(self._phase, step))

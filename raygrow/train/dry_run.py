@@ -11,7 +11,6 @@ from raygrow.train.plan import Phase
 from raygrow.weights.apply import apply_rules
 from raygrow.weights.shapes import meta_rack
 
-
 HEADER = ("phase", "starts from", "model", "parameters", "active", "steps", "tokens", "PFLOPs", "share", "GiB/worker")
 
 
@@ -26,7 +25,7 @@ def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> s
     Raises:
         ValueError: If a model does not build as predicted, or a growth does not give its target's shapes.
     """
-    rows = [HEADER]
+    rows: list[tuple[str, ...]] = [HEADER]
     total = sum(phase.flops for phase in phases)
     for phase in phases:
         model = _build(phase)
@@ -47,7 +46,8 @@ def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> s
                 f"{_memory(phase, config, workers) / 2**30:.2f}",
             )
         )
-    rows.append(("total", "", "", "", "", "", f"{sum(p.tokens for p in phases):,}", f"{total / 1e15:,.4g}", "100.0%", ""))
+    tokens = sum(phase.tokens for phase in phases)
+    rows.append(("total", *[""] * 5, f"{tokens:,}", f"{total / 1e15:,.4g}", "100.0%", ""))
     return _table(rows)
 
 

@@ -23,6 +23,7 @@ from raygrow.train.evaluation import Validation
 from raygrow.train.optimizer import adamw, set_learning_rate
 from raygrow.train.parallel import build_sharded, fill_initial, freeze
 from raygrow.train.plan import Phase
+from raygrow.train.probes import divergences, still_together
 from raygrow.train.schedule import learning_rate
 from raygrow.train.session import Session
 from raygrow.train.start import start_from_source
@@ -212,7 +213,9 @@ class _PhaseRun:
     def _log(self, *, loss: float, grad_norm: float, lr: float, tokens_per_second: float, **experts: float) -> None:
         """One line of history, with the evaluation's figures where one is due."""
         phase, step = self.phase, self.progress.step
-        scores = self.validation.scores(self.model, self.worker) if self._is_due(self.config.evaluate_every) else {}
+        scores: dict[str, float] = {}
+        if self._is_due(self.config.evaluate_every):
+            scores = self.validation.scores(self.model, self.worker) | divergences(self.model, phase)
         peak = self.worker.peak_flops()
         record = {
             "phase": phase.name,
@@ -231,6 +234,8 @@ class _PhaseRun:
         }
         if self.worker.rank == 0:
             self.session.log(record)
+            if step == phase.steps and (problem := still_together(phase, scores)):
+                self.session.warn(problem)
 
     def _checkpoint(self, *, written: bool, stop: bool) -> str | None:
         """Commits the checkpoint being written once it is on disk, and starts the next where one is due.

@@ -1,9 +1,12 @@
 """What training needs from whatever runs it: where to resume, where to save, whom to tell. Ray gives one; tests too."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 """One line of history: metric name -> number, phase name."""
@@ -35,6 +38,10 @@ class Session(Protocol):
 
     def log(self, record: Record) -> None:
         """One line of history. Called by rank 0."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """Something that people should know, though training goes on. Called by rank 0."""
         ...
 
     def rewind(self, step: int) -> None:
@@ -79,6 +86,10 @@ class FolderSession:
     def records(self) -> list[dict[str, Any]]:
         """History so far."""
         return [json.loads(line) for line in self.history.read_text().splitlines()] if self.history.exists() else []
+
+    def warn(self, text: str) -> None:
+        """Leaves it to the log."""
+        logger.warning(text)
 
     def rewind(self, step: int) -> None:
         """Drops later lines."""
