@@ -18,11 +18,11 @@ from raygrow.nn.mlp import experts
 
 
 class Balance(NamedTuple):
-    """How evenly a router spread the tokens of a micro-batch."""
+    """How evenly a router spread the tokens of each sequence."""
 
-    loss: Tensor
-    """The load-balancing loss (see `balance_loss`): a sum over tokens, 1 for each where all experts share evenly."""
-    load_E: Tensor
+    loss_B: Tensor
+    """The load-balancing loss (see `balance_loss`), T where all experts share evenly."""
+    load_BE: Tensor
     """Slots of each expert."""
 
 
@@ -46,32 +46,30 @@ class Moe(nn.Module):
         if self.norm_topk_prob:
             weights_BTK = weights_BTK / weights_BTK.sum(-1, keepdim=True)
         load_BE = (experts_BTK[..., None] == torch.arange(p_BTE.shape[-1], device=p_BTE.device)).sum((1, 2))
-        load_E = load_BE.sum(0)
 
         order_S, slots_NK = sorted_slots(experts_BTK.flatten(0, 1))
         tokens_S = order_S // self.top_k
         x_SD = _Dispatch.apply(x_BTD.flatten(0, 1), tokens_S, slots_NK)
-        y_SD = self.experts(x_SD, load_E.cumsum(0, dtype=torch.int32))
+        y_SD = self.experts(x_SD, load_BE.sum(0).cumsum(0, dtype=torch.int32))
         y_ND = _Combine.apply(y_SD, weights_BTK.flatten(0, 1), order_S, slots_NK)
-        return y_ND.view_as(x_BTD), Balance(balance_loss(p_BTE, load_BE, self.top_k), load_E)
+        return y_ND.to(x_BTD.dtype).view_as(x_BTD), Balance(balance_loss(p_BTE, load_BE), load_BE)
 
 
-def balance_loss(p_BTE: Tensor, load_BE: Tensor, top_k: int) -> Tensor:
-    """Load-balancing loss of Switch (arXiv 2101.03961), for every sequence by itself (DeepSeek-V3, arXiv 2412.19437).
+def balance_loss(p_BTE: Tensor, load_BE: Tensor) -> Tensor:
+    """Load-balancing loss of Switch (arXiv 2101.03961), of every sequence by itself (DeepSeek-V3, arXiv 2412.19437).
 
-    A sequence counts `T x E x sum over e of f_e P_e`, with f the experts' shares of its slots and P their mean
-    probabilities. Being a sum over sequences, it does not depend on how they fall on micro-batches and workers.
+    A sequence has `T x E x sum over e of f_e P_e`, with f the experts' shares of its slots and P their mean
+    probabilities. Summed over sequences, it does not depend on how they fall on micro-batches and workers.
 
     Args:
         p_BTE: Probabilities of the router.
         load_BE: Slots of each expert in each sequence.
-        top_k: Slots of a token.
 
     Returns:
-        A scalar, B x T where all experts share evenly.
+        `(B,)` losses, T where all experts share evenly.
     """
-    tokens, n_experts = p_BTE.shape[1:]
-    return n_experts / (tokens * top_k) * (load_BE * p_BTE.sum(1)).sum()
+    shares_BE = load_BE.to(p_BTE.dtype) / load_BE.sum(-1, keepdim=True)
+    return p_BTE.shape[-1] * (shares_BE * p_BTE.sum(1)).sum(-1)
 
 
 def sorted_slots(experts_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,12 +101,13 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Brings slots back to their tokens and sums them by their weights, in the weights' precision."""
+    """Brings slots back to their tokens and sums them by their weights; the sum has the weights' precision."""
 
     @staticmethod
     def forward(ctx, y_SD: Tensor, weights_NK: Tensor, order_S: Tensor, slots_NK: Tensor) -> Tensor:
         ctx.save_for_backward(y_SD, weights_NK, order_S, slots_NK)
-        return (y_SD[slots_NK] * weights_NK[..., None]).sum(1).to(y_SD.dtype)
+        # the caller casts: compiled by torch 2.11, a cast to the same type here would silently end the gradient
+        return (y_SD[slots_NK] * weights_NK[..., None]).sum(1)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:

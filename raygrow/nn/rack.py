@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from raygrow.kernels.cross_entropy import IGNORE
 from raygrow.nn.attention import Attend, default_attend
 from raygrow.nn.block import Block
 from raygrow.nn.config import ModelConfig
@@ -83,8 +84,10 @@ class Rack(nn.Module):
         nats = linear_cross_entropy(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
         if not balances:
             return Loss(nats, None, None)
-        losses, loads = zip(*balances, strict=True)
-        return Loss(nats, torch.stack(losses).sum(), torch.stack(loads))
+        losses_BL, loads_BLE = (torch.stack(parts, dim=1) for parts in zip(*balances, strict=True))
+        # sequences that only fill up a batch have no targets, and must not move the experts either
+        counted_B1 = (targets_BT != IGNORE).any(1, keepdim=True)
+        return Loss(nats, (counted_B1 * losses_BL).sum(), (counted_B1[..., None] * loads_BLE).sum(0))
 
     def fsdp_units(self) -> list[nn.Module]:
         """The modules to shard one by one, in the order they run: every Block, then the Rack with what is left."""

@@ -1,6 +1,7 @@
 """The model computes what its parts say, and costs what nn/cost.py predicts."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,17 @@ VARIANTS = {
     "biases": {"attention_bias": True, "mlp_bias": True, "mlp": "gelu"},
     "qk_norm": {"qk_norm": True, "head_dim": 16},
     "bidirectional": {"attention_mode": "bidirectional"},
+    "logit_scale": {"logit_scale": 0.5, "tie_embeddings": True},
+    "experts": {"n_experts": 4, "top_k": 2},
+    "plain_experts": {"n_experts": 3, "top_k": 1, "d_expert": 40, "mlp": "gelu", "mlp_bias": True},
+    "some_experts": {"n_experts": 5, "top_k": 2, "norm_topk_prob": False, "dense_blocks": (0, 2)},
+}
+
+
+# torch does not know the operators of the twin: every row has one product, and two in the backward pass
+GROUPED_FLOPS = {
+    torch.ops.raygrow.grouped_mm_twin: lambda x, weight, *_, **__: 2 * x[0] * weight[1] * weight[2],
+    torch.ops.raygrow.grouped_mm_twin_backward: lambda grad, x, weight, *_, **__: 4 * x[0] * weight[1] * weight[2],
 }
 
 
@@ -37,13 +49,28 @@ def test_parameters_are_as_predicted(model: Rack) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == cost.parameters(model.config)
 
 
+def test_a_token_goes_through_the_parameters_that_are_called_active(model: Rack) -> None:
+    c = model.config
+    share = {True: c.top_k / c.n_experts if c.n_experts else 1.0, False: 1.0}
+    counted = sum(share[".experts." in name] * parameter.numel() for name, parameter in model.named_parameters())
+    assert cost.active_parameters(c) == pytest.approx(counted)
+
+
+def test_logits_are_scaled() -> None:
+    config = ModelConfig(**BASE)
+    plain, scaled = Rack(config), Rack(replace(config, logit_scale=0.25))
+    scaled.load_state_dict(plain.state_dict())
+    tokens = torch.randint(0, 97, (1, 5))
+    torch.testing.assert_close(scaled(tokens), 0.25 * plain(tokens))
+
+
 def test_training_flops_are_those_that_torch_counts(model: Rack) -> None:
     # torch counts attention scores in full, we the causal half: compare without the causal mask
     model.attend = lambda q, k, v: full_attention(q, k, v, causal=False)
     config = ModelConfig(**vars(model.config) | {"attention_mode": "bidirectional"})
     tokens = torch.randint(0, config.vocab_size, (2, 32))
     # of the attention backends, torch's counter sees into this one only
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=GROUPED_FLOPS) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens).sum().backward()
     predicted = cost.training_flops_per_token(config, 32) * tokens.numel()
     assert counter.get_total_flops() == pytest.approx(predicted, rel=0.01)
