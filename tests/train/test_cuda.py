@@ -27,13 +27,15 @@ TRAIN = TrainConfig(
     schedule=ScheduleConfig(warmup_steps=5),
 )
 MODEL = ModelConfig(vocab_size=512, d_model=256, n_heads=4, d_ff=512, blocks_per_stack=4, max_seq_len=256)
-PHASE = resolve(PlanConfig(phases={"base": PhaseConfig(steps=30)}), MODEL, TRAIN)[0]
+EXPERTS = replace(MODEL, n_experts=4, top_k=2, mlp_bias=True, dense_blocks=(0,))
+both = pytest.mark.parametrize("model", [MODEL, EXPERTS], ids=["dense", "experts"])
 
 
-def run(folder: Path, data: Path, config: TrainConfig = TRAIN) -> list[dict[str, Any]]:
+def run(folder: Path, data: Path, model: ModelConfig, config: TrainConfig = TRAIN) -> list[dict[str, Any]]:
     """Trains in this process; a file STOP in the folder stops it at the first report."""
     session = FolderSession(folder)
-    train_phase(PHASE, config, data=data, seed=0, source=None, session=session, device="cuda:0")
+    phase = resolve(PlanConfig(phases={"base": PhaseConfig(steps=30)}), model, TRAIN)[0]
+    train_phase(phase, config, data=data, seed=0, source=None, session=session, device="cuda:0")
     return session.records()
 
 
@@ -43,22 +45,24 @@ def process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
 
 
+@both
 @pytest.mark.usefixtures("process_group")
-def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(data: Path, tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", data)
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(data: Path, tmp_path: Path, model: ModelConfig) -> None:
+    whole = run(tmp_path / "whole", data, model)
     stop = tmp_path / "stopped" / "STOP"
     stop.parent.mkdir()
     stop.touch()
-    assert len(run(stop.parent, data)) == 1
+    assert len(run(stop.parent, data, model)) == 1
     stop.unlink()
-    resumed = run(stop.parent, data)
+    resumed = run(stop.parent, data, model)
     for key in ("step", "loss", "grad_norm", "val_loss"):
         assert [record.get(key) for record in resumed] == [record.get(key) for record in whole]
     assert whole[-1]["loss"] < whole[0]["loss"]
 
 
+@both
 @pytest.mark.usefixtures("process_group")
-def test_activation_checkpointing_changes_no_loss(data: Path, tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain", data)
-    saving = run(tmp_path / "saving", data, replace(TRAIN, activation_checkpointing=True))
+def test_activation_checkpointing_changes_no_loss(data: Path, tmp_path: Path, model: ModelConfig) -> None:
+    plain = run(tmp_path / "plain", data, model)
+    saving = run(tmp_path / "saving", data, model, replace(TRAIN, activation_checkpointing=True))
     assert [record["loss"] for record in saving] == pytest.approx([record["loss"] for record in plain], rel=2e-3)
