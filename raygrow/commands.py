@@ -107,28 +107,42 @@ def train(tree: dict[str, Any]) -> int:
     return train(run)
 
 
-@_command(MODEL, TARGET, _argument("settings", "operator=gstack and its settings", **SETTINGS))
+@_command(MODEL, TARGET, _argument("settings", "operator=gstack and its settings, format=hf or raygrow", **SETTINGS))
 def grow(parsed: argparse.Namespace) -> int:
     """Grow a model folder.
 
-    Takes raygrow's model folders and Hugging Face Llamas, and writes the same kind. Works tensor by tensor: the model
-    is never in memory, whatever its size.
+    Takes raygrow's model folders and Hugging Face's Llama, Mixtral, Qwen3 and Qwen3Moe, and writes the same kind, or
+    the one that `format` names: a Llama with experts is a Mixtral, a Qwen3 with experts a Qwen3Moe. Works tensor by
+    tensor: the model is never in memory, whatever its size.
 
     Examples:
-      raygrow grow models/small models/big operator=gstack factor=2
+      raygrow grow models/small models/big operator=gstack factor=2                the whole model on top of itself
+      raygrow grow models/small models/big operator=depth extra_layers=3           the last block three more times
+      raygrow grow models/small models/big operator=depth extra_layers=8 source=spread identity=true
+                                                                                   copies that change nothing yet
+      raygrow grow models/small models/big operator=depth 'blocks=[0,1,1,2,3,3]'   every block of the new model
+      raygrow grow models/small models/big operator=width factor=2                 same function, twice as wide
+      raygrow grow models/small models/big operator=width d_ff=2 heads=1 d_model=1 only the MLPs
+      raygrow grow models/tied models/big operator=width factor=2 untie=true       a head of its own, as transformers
+                                                                                   needs it then
+      raygrow grow models/llama models/mixtral operator=experts n_experts=8 top_k=2
+      raygrow grow models/llama models/moe operator=experts 'blocks=[1,3]' drop=0.5 format=raygrow
     """
     from raygrow.config import build
     from raygrow.growth.folder import grow_folder
     from raygrow.growth.operator import GrowthConfig
     from raygrow.runtime.progress import progress_bars
+    from raygrow.weights.folder import Format
 
-    operator: GrowthConfig = build(GrowthConfig, dict(map(_setting, parsed.settings)))
+    settings = dict(map(_setting, parsed.settings))
+    format: Format | None = build(Format | None, settings.pop("format", None), "format")
+    operator: GrowthConfig = build(GrowthConfig, settings)
     with progress_bars() as progress:
-        summary = grow_folder(_model_folder(parsed.model), parsed.target, operator, progress=progress)
+        summary = grow_folder(_model_folder(parsed.model), parsed.target, operator, format=format, progress=progress)
     (blocks, grown_blocks), (parameters, grown_parameters) = summary["n_blocks"], summary["parameters"]
     print(
-        f"{parsed.target}: {blocks} -> {grown_blocks} blocks, {parameters:,} -> {grown_parameters:,} parameters, "
-        f"{summary['seconds']:.1f} s"
+        f"{parsed.target} ({summary['model_type']}): {blocks} -> {grown_blocks} blocks, "
+        f"{parameters:,} -> {grown_parameters:,} parameters, {summary['seconds']:.1f} s"
     )
     return 0
 
@@ -188,9 +202,12 @@ def evaluate(parsed: argparse.Namespace) -> int:
 def export(parsed: argparse.Namespace) -> int:
     """Write a model as a folder for other programs.
 
+    In Hugging Face's format a model is a Llama or, with QK-norm, a Qwen3; with experts, a Mixtral or a Qwen3Moe. What
+    none of them can hold is named.
+
     Examples:
       raygrow export runs/tiny-gstack out --format hf       opens with transformers' AutoModelForCausalLM
-      raygrow export models/llama out --format raygrow      a Hugging Face Llama as raygrow's own folder
+      raygrow export models/mixtral out --format raygrow    a Hugging Face model as raygrow's own folder
     """
     from raygrow.weights.folder import open_folder, write_folder
 

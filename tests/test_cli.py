@@ -108,6 +108,10 @@ def test_wrong_settings_are_named(words: list[str], named: str, capsys: pytest.C
         (["generate", "nowhere", "--tokens", "0"], "tokens=0"),
         (["grow", "nowhere", "out", "operator=gstack", "factor=2.5"], "factor=2.5"),
         (["grow", "nowhere", "out", "operator=gstack", "facto=2"], "Did you mean factor?"),
+        (["grow", "nowhere", "out", "factor=2"], "operator=None: must be one of gstack, depth, width, experts"),
+        (["grow", "nowhere", "out", "operator=width", "factor=1.5"], "factor=1.5"),
+        (["grow", "nowhere", "out", "operator=experts", "n_experts=2", "top_k=3"], "n_experts=2"),
+        (["grow", "nowhere", "out", "operator=gstack", "format=onnx"], "format='onnx'"),
         (["timing", "--params", "0", "--tokens", "1"], "params=0"),
         (["evaluate", "nowhere", "--data", "nothing"], "nothing"),
         (["export", "nowhere", "out"], "nowhere"),
@@ -203,6 +207,32 @@ def test_grow_and_export(small: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["export", "hf", "own", "--format", "raygrow"]) == 0
     for name, tensor in load_model("big").state_dict().items():
         assert torch.equal(load_model("own").state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("words", "grown", "model_type"),
+    [
+        (["operator=depth", "extra_layers=1", "identity=true"], {"n_blocks": 3}, "raygrow"),
+        (["operator=depth", "blocks=[0,0,1,1]"], {"n_blocks": 4}, "raygrow"),
+        (["operator=width", "heads=3", "format=raygrow"], {"d_model": 32, "n_heads": 6}, "raygrow"),
+        (["operator=width", "format=hf"], {"d_model": 32, "d_ff": 48}, "llama"),
+        (["operator=experts", "n_experts=4", "blocks=[1]"], {"n_experts": 4, "dense_blocks": (0,)}, "raygrow"),
+        (["operator=experts", "blocks=all", "format=hf"], {"n_experts": 8, "top_k": 2}, "mixtral"),
+    ],
+)
+def test_grow_by_every_operator(
+    words: list[str], grown: dict[str, object], model_type: str, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["grow", str(small), "big", *words]) == 0
+    assert capsys.readouterr().out.startswith(f"big ({model_type}): 2 -> ")
+    config = open_folder("big").config
+    assert {name: getattr(config, name) for name in grown} == grown
+
+
+def test_a_format_that_cannot_hold_the_grown_model_is_named(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["operator=experts", "norm_topk_prob=false", "format=hf"]
+    assert "norm_topk_prob=False: a Hugging Face Mixtral" in failed(capsys, "grow", str(small), "big", *words)
+    assert not Path("big").exists()
 
 
 def test_nothing_is_written_over(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def grow_folder(
         progress: Told of every tensor written.
 
     Returns:
-        A summary: folders, format, operator, blocks and parameters before and after, seconds.
+        A summary: folders, format and model type, operator, blocks and parameters before and after, seconds.
 
     Raises:
         ValueError: If the source cannot be read, the operator cannot grow it or the format cannot hold the result;
@@ -65,6 +65,7 @@ def grow_folder(
         "source": str(source),
         "target": str(target),
         "format": format,
+        "model_type": description["model_type"],
         "operator": asdict(operator),
         "n_blocks": [folder.config.n_blocks, growth.config.n_blocks],
         "parameters": [cost.parameters(folder.config), cost.parameters(growth.config)],
