@@ -124,7 +124,6 @@ def verify(
         max_loss_jump: Nats per token that the loss may rise by; None allows any finite loss.
     """
     blocks = block_drifts(before, after, origins, top_k=target.top_k)
-    difference = output_difference(before.logits_BTV, after.logits_BTV)
     predicted = cost.parameters(target)
     found = [
         Check(
@@ -134,7 +133,7 @@ def verify(
         ),
         _rope_check(source, target),
         *_router_checks(blocks, after, exact=exact),
-        _identity_check(blocks, difference, after.logits_BTV.dtype, exact=exact),
+        _identity_check(blocks, before.logits_BTV, after.logits_BTV, exact=exact),
         _loss_check(before.loss, after.loss, max_loss_jump),
     ]
     return Verification(
@@ -143,7 +142,7 @@ def verify(
         source_parameters=cost.parameters(source),
         parameters=parameters,
         predicted_parameters=predicted,
-        output_difference=difference,
+        output_difference=output_difference(before.logits_BTV, after.logits_BTV),
         loss_before=before.loss,
         loss_after=after.loss,
         max_loss_jump=max_loss_jump,
@@ -195,7 +194,7 @@ def _router_drift(before_BTE: Tensor, after_BTE: Tensor, top_k: int) -> dict[str
 
 
 def _relative_difference(before: Tensor, after: Tensor) -> float:
-    """Of all tokens together: in bf16 a single one may go to other experts for a rounding, which alone says little."""
+    """Of all tokens together: in bf16 a single one may go to another expert for a rounding, which alone says little."""
     size = torch.linalg.vector_norm(before.double()).clamp(min=1e-300)
     return float(torch.linalg.vector_norm(after.double() - before.double()) / size)
 
@@ -226,15 +225,17 @@ def _router_checks(blocks: Sequence[BlockDrift], after: Outputs, *, exact: bool)
     yield Check(name="router logit scale", **_judged(worst.router or 0.0, tolerance, detail, exact=exact))
 
 
-def _identity_check(blocks: Sequence[BlockDrift], output: float, dtype: torch.dtype, *, exact: bool) -> Check:
-    worst = _worst(blocks, "residual")
+def _identity_check(blocks: Sequence[BlockDrift], before_BTV: Tensor, after_BTV: Tensor, *, exact: bool) -> Check:
+    worst, output = _worst(blocks, "residual"), _relative_difference(before_BTV, after_BTV)
     detail = (
         f"the residual stream differs by at most {worst.residual:.3g} of its size (after Block {worst.block}, Block "
-        f"{worst.source} of the source), outputs by {output:.3g} of the largest logit"
+        f"{worst.source} of the source), the logits by {output:.3g}"
     )
     # whichever is not a number decides
     difference = max(worst.residual, output, key=lambda value: math.inf if math.isnan(value) else value)
-    return Check(name="functional identity", **_judged(difference, EXACT_TOLERANCE[dtype], detail, exact=exact))
+    return Check(
+        name="functional identity", **_judged(difference, EXACT_TOLERANCE[after_BTV.dtype], detail, exact=exact)
+    )
 
 
 def _judged(difference: float, tolerance: float, detail: str, *, exact: bool) -> dict[str, Any]:
