@@ -5,13 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from pyarrow import fs
 from ray.train import Checkpoint
 
 from raygrow.config import RunConfig, WorkersConfig, from_yaml
+from raygrow.data.shards import TOKENIZER_FOLDER
+from raygrow.nn.init import initial_value
 from raygrow.runtime.run_folder import RunFolder
 from raygrow.train.loop import Outcome
 from raygrow.train.plan import resolve
+from raygrow.weights.folder import open_folder
+from raygrow.weights.shapes import parameter_shapes
 
 
 @pytest.fixture(params=["path", "file uri", "object store"])
@@ -65,6 +70,16 @@ def test_finished_phases_are_found_again(folder: RunFolder, tmp_path: Path) -> N
     assert found
     with found.as_directory() as local:
         assert (Path(local) / "part").read_text() == "content"
+
+
+def test_models_appear_under_their_names(folder: RunFolder, tiny: RunConfig, tmp_path: Path) -> None:
+    shapes = parameter_shapes(tiny.model)
+    weights = {name: initial_value(name, shape, tiny.model, 0) for name, shape in shapes.items()}
+    folder.write_model(tiny.model, weights.items(), tokenizer=Path(tiny.data.path) / TOKENIZER_FOLDER, name="models/a")
+    found = open_folder(next(tmp_path.rglob("models/a")))
+    assert found.config == tiny.model
+    assert all(torch.equal(found.tensors[name], weight) for name, weight in weights.items())
+    assert {"config.json", "tokenizer.json"} <= set(folder.names("models/a"))
 
 
 def test_records_are_the_runs_small_files(folder: RunFolder) -> None:

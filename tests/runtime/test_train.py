@@ -1,16 +1,19 @@
 """One real run on two workers, from a model folder through a growth to the report, with its control from scratch."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raygrow.config import RunConfig, from_yaml
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.runtime.train import train
+from raygrow.train.checkpoint import CheckpointTensors
 from raygrow.train.config import PhaseConfig, PlanConfig
 from raygrow.weights.folder import load_model, write_folder
 from tests.runtime.driver import history
@@ -30,7 +33,11 @@ def run(tiny: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     model = Rack(config)
     init_weights(model, config, seed=1)
     write_folder(here / "small", config, model.state_dict().items())
-    phases = {"base": PhaseConfig(init="small", steps=10), "stacked": replace(tiny.plan.phases["stacked"], steps=10)}
+    stacked = replace(tiny.plan.phases["stacked"], steps=10, save_start="grown", save_end="stacked_final")
+    phases = {
+        "base": PhaseConfig(init="small", steps=10, save_start="begun", save_end="base_final"),
+        "stacked": stacked,
+    }
     return replace(tiny, name="whole", storage_path=str(here / "runs"), plan=PlanConfig(phases=phases), control=True)
 
 
@@ -72,6 +79,23 @@ def test_the_model_opens(folder: Path, run: RunConfig) -> None:
     assert (folder / "model/tokenizer.json").exists()
 
 
+def test_models_are_saved_as_the_plan_asks(folder: Path) -> None:
+    assert {path.name for path in (folder / "models").iterdir()} == {
+        *("begun", "base_final", "grown", "stacked_final"),
+        "training_history.jsonl",
+    }
+    checkpoints = {"base_final": "base/step-00000010", "grown": "stacked/step-00000000"}
+    for name, checkpoint in checkpoints.items():
+        expected = CheckpointTensors(folder / "phases" / checkpoint, "model.")
+        for parameter, tensor in load_model(folder / "models" / name).state_dict().items():
+            assert torch.equal(tensor, expected[parameter]), (name, parameter)
+    for one, other in (("models/begun", "../../small"), ("models/stacked_final", "model")):
+        states = [load_model(folder / path).state_dict() for path in (one, other)]
+        assert all(torch.equal(tensor, states[1][parameter]) for parameter, tensor in states[0].items())
+    assert (folder / "models/grown/tokenizer.json").exists()
+    assert (folder / "models/training_history.jsonl").read_text() == (folder / "history.jsonl").read_text()
+
+
 def test_what_else_is_there(folder: Path, run: RunConfig) -> None:
     assert from_yaml((folder / "run.yaml").read_text()) == run
     assert "<html" in (folder / "report.html").read_text()
@@ -101,6 +125,19 @@ def test_a_finished_run_says_so(
     assert train(run) == 0
     assert "whole is finished" in capsys.readouterr().out
     assert (folder / "history.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_save_that_a_crash_prevented_is_made_up_for(
+    folder: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parents[1])
+    kept = (folder / "models/stacked_final/config.json").stat().st_mtime_ns
+    (folder / "summary.json").unlink()
+    for name in ("base_final", "grown"):
+        shutil.rmtree(folder / "models" / name)
+    assert train(run) == 0
+    test_models_are_saved_as_the_plan_asks(folder)
+    assert (folder / "models/stacked_final/config.json").stat().st_mtime_ns == kept
 
 
 def test_another_configuration_under_the_same_name(
