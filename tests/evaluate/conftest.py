@@ -35,6 +35,9 @@ def config(tokenizer: Tokenizer) -> ModelConfig:
         blocks_per_stack=1,
         max_seq_len=48,
         qk_norm=True,
+        n_experts=3,
+        top_k=2,
+        dense_blocks=(1,),
         init_std=0.3,  # far from uniform, so that greedy tokens differ from step to step
     )
 
