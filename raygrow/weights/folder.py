@@ -44,7 +44,7 @@ class ModelFolder:
     settings: dict[str, Any]
     """config.json as it is."""
     tensors: Mapping[str, Tensor]
-    """Every parameter under raygrow's name: a view of the memory-mapped file, not to be written to."""
+    """Every parameter under raygrow's name, not to be written to: where it is stored as it is, a view of the file."""
 
 
 def open_folder(path: str | Path) -> ModelFolder:

@@ -44,6 +44,7 @@ FAMILIES = {
 }
 MIXTRAL = FAMILIES["mixtral"][2] | {"model_type": "mixtral"}
 QWEN3 = FAMILIES["qwen3"][2] | {"model_type": "qwen3"}
+QWEN3_MOE = FAMILIES["qwen3_moe"][2] | {"model_type": "qwen3_moe"}
 MODELS = {
     "llama mha": ("llama", {}),
     "llama gqa": ("llama", {"num_key_value_heads": 2}),
@@ -203,8 +204,14 @@ def test_keys_that_are_not_there_mean_what_they_mean_in_transformers(family):
         ({"rms_norm_eps": "small"}, "norm_eps='small'"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "num_experts_per_tok is missing"),
         ({"model_type": "qwen3"}, "n_heads=4 is not a multiple of n_kv_heads=32"),
-        ({"model_type": "mixtral", "sliding_window": 512}, "sliding_window=512 is less than max_position_embeddings"),
-        ({"model_type": "qwen3", "sliding_window": 512, "use_sliding_window": True}, "sliding_window=512"),
+        (
+            {**MIXTRAL, "num_experts_per_tok": 2, "sliding_window": 512},
+            "sliding_window=512 is less than max_",
+        ),
+        ({**QWEN3, "sliding_window": 512, "use_sliding_window": True}, "sliding_window=512"),
+        ({**QWEN3_MOE, "decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+        ({**QWEN3_MOE, "mlp_only_layers": 1}, "mlp_only_layers=1"),
+        ({**QWEN3_MOE, "mlp_only_layers": [0, 1]}, r"dense_blocks=\[0, 1\]: .* not all"),
         (
             {**MIXTRAL, "num_experts_per_tok": 3, "num_local_experts": 2},
             "top_k=3: must be from 1 to n_experts=2",

@@ -1,6 +1,7 @@
 """config.json of a Hugging Face model, to and from ModelConfig."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from raygrow.nn.config import ModelConfig
@@ -57,7 +58,9 @@ def from_hf_config(settings: Mapping[str, Any]) -> ModelConfig:
         if settings.get(key) is None and field not in _MAY_BE_NULL:
             raise ValueError(f"{key} is missing from the model's config.json")
     known = {field: settings[key] for field, key in family.keys.items() if settings.get(key) is not None}
-    return ModelConfig(**dict(family.always), **known, rope_theta=_rope_theta(settings), **family.more_fields(settings))
+    config = ModelConfig(**dict(family.always), **known, rope_theta=_rope_theta(settings))
+    _check_window(settings, config.max_seq_len)
+    return replace(config, **family.more_fields(settings, config.n_blocks))
 
 
 def to_hf_config(config: ModelConfig, special_tokens: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -116,12 +119,15 @@ def _refuse_what_raygrow_has_not(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"hidden_act={settings['hidden_act']!r}: only silu is supported")
     if settings.get("quantization_config"):
         raise ValueError("quantization_config: quantized checkpoints cannot be read, use the original weights")
+
+
+def _check_window(settings: Mapping[str, Any], max_seq_len: int) -> None:
     window = settings.get("sliding_window") if settings["use_sliding_window"] else None
-    if window is not None and window < settings["max_position_embeddings"]:
+    if window is not None and not (type(window) is int and window >= max_seq_len):
         raise ValueError(
-            f"sliding_window={window} is less than max_position_embeddings={settings['max_position_embeddings']}: "
-            "raygrow's attention sees every token before. Texts up to the window are scored the same: to go on without "
-            f"it, set sliding_window to null and max_position_embeddings to {window}"
+            f"sliding_window={window!r} is less than max_position_embeddings={max_seq_len}: raygrow's attention sees "
+            "every token before. Texts up to the window are scored the same: to go on without it, set sliding_window "
+            f"to null and max_position_embeddings to {window}"
         )
 
 

@@ -45,10 +45,7 @@ QK_NORM_MODULES = {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The models of one `model_type`.
-
-    A field of ModelConfig that is neither in `keys` nor in `always` has to have its own pair of functions.
-    """
+    """The models of one `model_type`."""
 
     model_type: str
     title: str
@@ -63,7 +60,7 @@ class Family:
     """Field of ModelConfig -> the only value that such a model can have."""
     modules: Mapping[str, str]
     """Module of a Block -> module of a layer; `{expert}` is the number of an expert."""
-    more_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda settings: {}
-    """Fields that follow from several keys."""
+    more_fields: Callable[[Mapping[str, Any], int], dict[str, Any]] = lambda settings, n_blocks: {}
+    """Fields that follow from several keys, of a config.json with all defaults filled in."""
     more_keys: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
     """Keys that follow from several fields, or say that something is off."""

@@ -9,6 +9,8 @@ import torch
 from raygrow.weights.hf.family import Family
 from raygrow.weights.rules import Rule, Rules, Term, copy_rule
 
+_GATE_UP = ".mlp.experts.gate_up_proj"
+
 
 def unfusing_rules(shapes: Mapping[str, torch.Size], family: Family) -> Rules | None:
     """Rules that make what is usually stored from what is, where experts are fused; None where none are.
@@ -17,12 +19,12 @@ def unfusing_rules(shapes: Mapping[str, torch.Size], family: Family) -> Rules | 
         shapes: Name and shape of every tensor stored.
         family: Of the model.
     """
-    if not any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes):
+    if "mlp.router" not in family.modules or not any(name.endswith(_GATE_UP) for name in shapes):
         return None
     rules: dict[str, Rule] = {}
     for name, shape in shapes.items():
         layer, _, module = name.partition(".mlp.")
-        if module == "experts.gate_up_proj":
+        if name.endswith(_GATE_UP):
             gate, up = torch.arange(shape[1]).chunk(2)
             rules |= _experts(name, shape[0], f"{layer}.{family.modules['mlp.experts.gate']}", tuple(gate.tolist()))
             rules |= _experts(name, shape[0], f"{layer}.{family.modules['mlp.experts.up']}", tuple(up.tolist()))

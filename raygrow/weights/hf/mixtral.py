@@ -7,7 +7,7 @@ _MODULES = {name: module for name, module in MODULES.items() if not name.startsw
 MIXTRAL = Family(
     model_type="mixtral",
     title="Mixtral",
-    # no Block is dense, so that the one size of its config is that of an expert
+    # no Block is dense: the one size is that of an expert, and is read as d_ff too
     keys=KEYS | {"d_expert": "intermediate_size", "n_experts": "num_local_experts", "top_k": "num_experts_per_tok"},
     aliases={"num_experts": "num_local_experts"},
     defaults=DEFAULTS

@@ -7,11 +7,13 @@ from raygrow.nn.config import ModelConfig
 from raygrow.weights.hf.family import ALWAYS, DEFAULTS, KEYS, MODULES, QK_NORM_MODULES, Family
 
 
-def _more_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    dense, step = settings["mlp_only_layers"] or (), settings["decoder_sparse_step"]
-    return {
-        "dense_blocks": tuple(i for i in range(settings["num_hidden_layers"]) if i in dense or (i + 1) % step),
-    }
+def _more_fields(settings: Mapping[str, Any], n_blocks: int) -> dict[str, Any]:
+    dense, step = settings["mlp_only_layers"] or [], settings["decoder_sparse_step"]
+    if not isinstance(dense, list):
+        raise ValueError(f"mlp_only_layers={dense!r}: must be a list of layers")
+    if type(step) is not int or step < 1:
+        raise ValueError(f"decoder_sparse_step={step!r}: must be an integer of at least 1")
+    return {"dense_blocks": tuple(i for i in range(n_blocks) if i in dense or (i + 1) % step)}
 
 
 def _more_keys(config: ModelConfig) -> dict[str, Any]:
