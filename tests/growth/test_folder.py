@@ -30,6 +30,7 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.weights.folder import load_model, open_folder, write_folder
+from raygrow.weights.safetensors_io import SafetensorsFolder
 
 TOKENS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(0))
 OPERATOR = Gstack(factor=2)
@@ -101,6 +102,22 @@ def test_a_grown_folder_is_the_grown_model_and_opens_in_transformers(family, ope
     torch.testing.assert_close(grown.eval()(TOKENS).logits, expected(TOKENS), rtol=1e-5, atol=1e-5)
     if operator.grow(open_folder(tmp_path / "source").config).exact:
         torch.testing.assert_close(expected(TOKENS), source(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", [Gstack(factor=3), Depth(blocks=(0, 1, 0, 0), identity=True), Width(factor=2)])
+def test_every_expert_is_read_once(operator, tmp_path, monkeypatch):
+    config = ModelConfig(vocab_size=64, d_model=16, n_heads=2, d_ff=24, blocks_per_stack=2, n_experts=3, top_k=2)
+    write_folder(tmp_path / "source", config, Rack(config).named_parameters(), format="hf")
+    asked, get = [], SafetensorsFolder.__getitem__
+
+    def counted(self, name):
+        asked.append(name)
+        return get(self, name)
+
+    monkeypatch.setattr(SafetensorsFolder, "__getitem__", counted)
+    grow_folder(tmp_path / "source", tmp_path / "grown", operator)
+    runs = [name for name, before in zip(asked, [None, *asked], strict=False) if name != before]
+    assert len(runs) == len(set(runs)) == len(SafetensorsFolder(tmp_path / "source"))
 
 
 @torch.no_grad()
