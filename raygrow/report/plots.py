@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from raygrow.report import units
 from raygrow.report.compare import Comparison, Curve, compare_runs, fair, validation_curve
@@ -68,10 +69,14 @@ def draw_loss(axes: Axes, runs: list[Run]) -> None:
         if curve is not None:
             axes.plot(curve.cost, curve.loss, color=colors[run.name], label=run.name)
             axes.plot(curve.cost[-1:], curve.loss[-1:], "o", color=colors[run.name], markersize=5)
+        for phase in run.phases:
+            after = run.growths.get(phase.name, {}).get("loss_after")
+            if after is not None:
+                axes.plot(phase.start_flops, after, "o", color=colors[run.name], fillstyle="none", markersize=6)
     axes.set_xscale("log")
     mark_phases(axes, runs, "start_flops")
     axes.set(title="Loss", xlabel="training FLOPs, base included", ylabel="nats per token")
-    axes.legend(loc="upper right", title="validation (thin: training)")
+    axes.legend(loc="upper right", title="validation (thin: training, rings: after growth)")
 
 
 def draw_close_up(axes: Axes, runs: list[Run]) -> None:
@@ -112,7 +117,8 @@ def draw_throughput(axes: Axes, runs: list[Run]) -> None:
     mark_phases(axes, runs, "start_seconds", size)
     axes.yaxis.set_major_formatter(lambda value, _: units.count(value))
     axes.set(title="Throughput", xlabel=f"training time, {unit}", ylabel="tokens per second")
-    axes.legend(loc="lower right")
+    if len(runs) > 1:
+        axes.legend(loc="lower right")
 
 
 def draw_learning_rate(axes: Axes, runs: list[Run]) -> None:
@@ -124,6 +130,26 @@ def draw_learning_rate(axes: Axes, runs: list[Run]) -> None:
     mark_phases(axes, runs, "start_flops")
     axes.set(title="Learning rate", xlabel="training FLOPs", ylabel="learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def draw_divergence(axes: Axes, runs: list[Run]) -> None:
+    """How far the copies that growth made of heads (solid) and experts (dashed) have come apart."""
+    _draw_pair(axes, runs, {"heads": "head_divergence", "experts": "expert_divergence"})
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    mark_phases(axes, runs, "start_flops")
+    axes.set(title="Copies come apart", xlabel="training FLOPs", ylabel="0 the same, 1 unrelated")
+
+
+def draw_expert_load(axes: Axes, runs: list[Run]) -> None:
+    """Use of the most (solid) and the least used expert (dashed) of any Block."""
+    _draw_pair(axes, runs, {"most used": "expert_load_max", "least used": "expert_load_min"})
+    axes.axhline(1, color=INK, linewidth=1, linestyle=":")
+    axes.set_ylim(bottom=0)
+    mark_phases(axes, runs, "start_flops")
+    axes.set(title="Expert load", xlabel="training FLOPs", ylabel="tokens, relative to an even share")
 
 
 def mark_phases(axes: Axes, runs: list[Run], start: str, size: float = 1.0) -> None:
@@ -154,7 +180,15 @@ def panels(runs: list[Run]) -> list[Panel]:
     if not runs:
         return []
     evaluated = any(validation_curve(run, "flops") is not None for run in runs)
-    return [draw_loss, *([draw_close_up] if evaluated else []), draw_throughput, draw_learning_rate]
+    found = {metric for run in runs for line in run.history for metric in line}
+    return [
+        draw_loss,
+        *([draw_close_up] if evaluated else []),
+        draw_throughput,
+        draw_learning_rate,
+        *([draw_divergence] if found & {"head_divergence", "expert_divergence"} else []),
+        *([draw_expert_load] if "expert_load_max" in found else []),
+    ]
 
 
 def write_png(runs: list[Run], file: Path) -> None:
@@ -204,6 +238,18 @@ def run_colors(runs: list[Run]) -> dict[str, str]:
         else:
             colors[run.name], scratch = SCRATCH[scratch % len(SCRATCH)], scratch + 1
     return colors
+
+
+def _draw_pair(axes: Axes, runs: list[Run], metrics: dict[str, str]) -> None:
+    """Two metrics of every run against FLOPs, the first solid, the second dashed."""
+    colors = run_colors(runs)
+    for run in runs:
+        for (name, metric), style in zip(metrics.items(), ("-", "--"), strict=True):
+            x, y = thinned(*run.columns("flops", metric))
+            if len(x):
+                label = name if len(runs) == 1 else f"{run.name}: {name}"
+                axes.plot(x, y, style, color=colors[run.name], label=label)
+    axes.legend(loc="best")
 
 
 def _draw_speedup(axes: Axes, c: Comparison, color: str, line: int) -> None:

@@ -26,6 +26,8 @@ class PhaseRecord:
     name: str
     n_blocks: int | None
     parameters: int | None
+    active_parameters: int | None
+    """Those that one token goes through, where a run says so."""
     steps: int
     tokens: float
     """Tokens of this phase alone."""
@@ -33,7 +35,8 @@ class PhaseRecord:
     end_flops: float
     start_seconds: float
     end_seconds: float
-    val_loss: float | None
+    newest: dict[str, Any]
+    """The newest value of every metric, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +80,14 @@ class Run:
                 name=name,
                 n_blocks=told.get("n_blocks"),
                 parameters=told.get("parameters") or self.growths.get(name, {}).get("parameters"),
+                active_parameters=told.get("active_parameters"),
                 steps=last["step"],
                 tokens=last["tokens"] - before["tokens"],
                 start_flops=before["flops"],
                 end_flops=last["flops"],
                 start_seconds=before["seconds"],
                 end_seconds=last["seconds"],
-                val_loss=next((line["val_loss"] for line in reversed(lines) if "val_loss" in line), None),
+                newest={key: value for line in lines for key, value in line.items() if value is not None},
             )
             found.append(phase)
             before = last
@@ -111,11 +115,13 @@ def load_run(path: Path) -> Run:
     history, settings, summary = path / "history.jsonl", path / "run.yaml", path / "summary.json"
     if not history.is_file() and not settings.is_file():
         raise FileNotFoundError(f"{path} is no run folder: it holds neither run.yaml nor history.jsonl")
-    growths = sorted((path / "growth").glob("*.json"))
+    set_to = _read_yaml(settings) if settings.is_file() else {}
+    place = {name: index for index, name in enumerate((set_to.get("plan") or {}).get("phases") or {})}
+    growths = sorted((path / "growth").glob("*.json"), key=lambda file: place.get(file.stem, len(place)))
     return Run(
         name=path.resolve().name,
         path=path.resolve(),
-        settings=_read_yaml(settings) if settings.is_file() else {},
+        settings=set_to,
         history=read_history(history) if history.is_file() else [],
         growths={file.stem: read_json(file) for file in growths},
         summary=read_json(summary) if summary.is_file() else {},

@@ -1,6 +1,7 @@
 """What a report says, apart from how it looks: the verdict in words and the tables. HTML and terminal show the same."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -50,6 +51,7 @@ def summarize(runs: list[Run]) -> Summary:
         growth_table(runs),
         checks_table(runs),
         phases_table(runs),
+        metrics_table(runs),
     ]
     return Summary(
         title=runs[0].name,
@@ -120,26 +122,43 @@ def growth_table(runs: list[Run]) -> Table:
         for phase, v in run.growths.items():
             operator = dict(v["operator"])
             name = operator.pop("operator", "growth")
-            jump, allowed = units.number(v["loss_jump"]), v.get("max_loss_jump")
+            jump, allowed = _jump(v["loss_jump"]), v.get("max_loss_jump")
             rows.append(
                 [
-                    f"{run.name}: {phase}",
-                    " ".join([name, *(f"{key}={value}" for key, value in operator.items())]),
+                    _label(run, phase, runs),
+                    # zeros and empty lists say that something is off or left to another setting
+                    " ".join([name, *(f"{key}={value}" for key, value in operator.items() if value or value is False)]),
                     f"{units.count(v['source_parameters'])} → {units.count(v['parameters'])}",
                     units.significant(v["output_difference"]),
+                    units.significant(_largest(v, "residual")),
+                    units.significant(_largest(v, "router")),
                     f"{units.number(v['loss_before'])} → {units.number(v['loss_after'])}",
                     jump if allowed is None else f"{jump} (at most {allowed:g})",
                     "passed" if v["passed"] else "FAILED",
                 ]
             )
-    header = ["phase", "operator", "parameters", "output change", "val loss", "jump", "verified"]
-    return Table(title="Growth", header=header, rows=rows)
+    header = ["phase", "operator", "parameters", "outputs", "blocks", "routers", "val loss", "jump", "verified"]
+    note = (
+        "How far growth moved the outputs (of the largest logit), the residual stream after the worst Block and the "
+        "worst router's logits (of their size): rounding where the growth keeps the function, drift where it does not."
+    )
+    return _without_empty_columns(Table(title="Growth", header=header, rows=rows, note=note))
+
+
+def _jump(nats: float | None) -> str:
+    """A rise of the loss; one that three decimals would hide in full."""
+    return units.number(nats) if nats is None or abs(nats) >= 0.01 else units.significant(nats)
+
+
+def _largest(verification: dict[str, Any], key: str) -> float | None:
+    """The largest of a figure over Blocks; none where no Block has it."""
+    return max((block[key] for block in verification.get("blocks", []) if block[key] is not None), default=None)
 
 
 def checks_table(runs: list[Run]) -> Table:
     """The single checks behind each verification."""
     rows = [
-        [f"{run.name}: {phase}", check["name"], "passed" if check["passed"] else "FAILED", str(check["detail"])]
+        [_label(run, phase, runs), check["name"], "passed" if check["passed"] else "FAILED", str(check["detail"])]
         for run in runs
         for phase, verification in run.growths.items()
         for check in verification.get("checks", [])
@@ -155,19 +174,60 @@ def phases_table(runs: list[Run]) -> Table:
             spent = phase.end_flops - phase.start_flops
             rows.append(
                 [
-                    f"{run.name}: {phase.name}",
+                    _label(run, phase.name, runs),
                     str(phase.n_blocks or units.DASH),
                     units.count(phase.parameters),
+                    units.count(None if phase.active_parameters == phase.parameters else phase.active_parameters),
                     str(phase.steps),
                     units.count(phase.tokens),
                     units.flops(spent),
                     units.percent(spent / run.history[-1]["flops"]),
                     units.duration(phase.end_seconds - phase.start_seconds),
-                    units.number(phase.val_loss),
+                    units.number(phase.newest.get("val_loss")),
                 ]
             )
-    header = ["phase", "blocks", "parameters", "steps", "tokens", "FLOPs", "share", "time", "val loss"]
+    header = ["phase", "blocks", "parameters", "active", "steps", "tokens", "FLOPs", "share", "time", "val loss"]
     return _without_empty_columns(Table(title="Phases", header=header, rows=rows))
+
+
+METRIC_NOTES = {
+    "memory_bytes": "Memory is the most that one worker has held.",
+    "expert_load_max": "Load is that of the most and the least used expert of any Block, 1 being an even share.",
+    "head_divergence": "Copies of heads are 0 apart where they are the same, about 1 where they are unrelated.",
+    "expert_divergence": "Copies of experts are 0 apart where they are the same, about 1 where they are unrelated.",
+}
+
+
+def metrics_table(runs: list[Run]) -> Table:
+    """Where every metric stood when a phase ended."""
+    kinds: dict[str, tuple[str, Callable[[float | None], str]]] = {
+        "loss": ("loss", units.number),
+        "val_loss": ("val loss", units.number),
+        "val_bits_per_byte": ("bits/byte", units.number),
+        "grad_norm": ("gradient", units.significant),
+        "tokens_per_second": ("tokens/s", units.count),
+        "mfu": ("MFU", units.percent),
+        "memory_bytes": ("memory", units.memory),
+        "balance_loss": ("balance", units.number),
+        "expert_load_max": ("load, most", units.significant),
+        "expert_load_min": ("least", units.significant),
+        "head_divergence": ("heads apart", units.significant),
+        "expert_divergence": ("experts apart", units.significant),
+    }
+    rows = [
+        [_label(run, phase.name, runs), *(show(phase.newest.get(key)) for key, (_, show) in kinds.items())]
+        for run in runs
+        for phase in run.phases
+    ]
+    found = {key for run in runs for phase in run.phases for key in phase.newest}
+    note = " ".join(text for key, text in METRIC_NOTES.items() if key in found)
+    header = ["phase", *(name for name, _ in kinds.values())]
+    return _without_empty_columns(Table(title="At the end of each phase", header=header, rows=rows, note=note))
+
+
+def _label(run: Run, phase: str, runs: list[Run]) -> str:
+    """What to call a phase: with its run's name where there are several runs."""
+    return phase if len(runs) == 1 else f"{run.name}: {phase}"
 
 
 def settings_table(runs: list[Run]) -> Table:

@@ -45,16 +45,18 @@ def _fitting(table: Table, console: Console) -> RichTable:
     def width(shown: RichTable) -> int:
         return Measurement.get(console, console.options.update(max_width=1000), shown).maximum
 
-    upright = _rich(table.title, [table.header, *table.rows])
-    turned = _rich(table.title, list(zip(table.header, *table.rows, strict=True)))
-    return upright if width(upright) <= max(console.width, width(turned)) else turned
+    turned_rows = list(zip(table.header, *table.rows, strict=True))
+    upright, turned = _rich(table.title, [table.header, *table.rows]), _rich(table.title, turned_rows)
+    if width(upright) <= max(console.width, width(turned)):
+        return upright
+    return turned if width(turned) <= console.width else _rich(table.title, turned_rows, wrap=True)
 
 
-def _rich(title: str, rows: Sequence[Sequence[str]]) -> RichTable:
-    """A table from its header and rows; the first column to the left, figures to the right."""
+def _rich(title: str, rows: Sequence[Sequence[str]], *, wrap: bool = False) -> RichTable:
+    """A table from its header and rows, figures to the right; long cells stay whole unless they are to `wrap`."""
     shown = RichTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, name in enumerate(rows[0]):
-        shown.add_column(escape(name), justify="right" if i else "left", no_wrap=True)
+        shown.add_column(escape(name), justify="right" if i else "left", no_wrap=not (wrap and i))
     for row in rows[1:]:
         shown.add_row(*(escape(cell) for cell in row))
     return shown

@@ -42,3 +42,8 @@ def significant(value: float | None, digits: int = 2) -> str:
 def percent(value: float | None, *, signed: bool = False) -> str:
     """A share in percent: `5.2 %`; `+5.2 %` when signed."""
     return DASH if value is None else f"{100 * value:{'+' if signed else ''}.1f} %"
+
+
+def memory(value: float | None) -> str:
+    """Bytes of memory: `18.4 GiB`."""
+    return DASH if value is None else f"{value / 2**30:.3g} GiB"

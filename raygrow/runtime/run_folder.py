@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raygrow.config import RunConfig, from_yaml, to_tree, to_yaml
 from raygrow.nn.config import ModelConfig
-from raygrow.nn.cost import parameters
+from raygrow.nn.cost import active_parameters, parameters
 from raygrow.runtime.storage import StoredFolder
 from raygrow.train.loop import Outcome
 from raygrow.train.plan import Phase
@@ -166,6 +166,7 @@ def _phase_summary(phase: Phase, lines: list[dict[str, Any]], *, seconds_before:
         "name": phase.name,
         "n_blocks": phase.model.n_blocks,
         "parameters": parameters(phase.model),
+        "active_parameters": active_parameters(phase.model),
         "steps": end["step"],
         "tokens": end["tokens"] - phase.tokens_before,
         "flops": end["flops"] - phase.flops_before,

@@ -3,11 +3,13 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 from raygrow.data.corpus import FilesCorpus, TokenizerConfig
@@ -15,7 +17,8 @@ from raygrow.data.prepare import prepare
 from raygrow.report.html import write_report
 from raygrow.report.plots import MAX_POINTS, thinned
 from raygrow.report.text import print_summary
-from tests.report.conftest import write_run
+from raygrow.weights.verify import BlockDrift
+from tests.report.conftest import GROWTH, write_run
 
 
 def printed(*runs: Path, width: int = 80) -> str:
@@ -113,6 +116,68 @@ def test_the_terminal_shows_whole_figures(pair: tuple[Path, Path], width: int):
     assert "Growth won" in text
     assert "18.4M → 41.2M" in text
     assert "…" not in text
+
+
+@pytest.fixture
+def multistage(tmp_path: Path) -> Path:
+    """A run through four phases: dense, experts, width, depth."""
+    run = tmp_path / "stages"
+    (run / "growth").mkdir(parents=True)
+    names = ["dense", "moe", "wide", "deep"]
+    operators = ["experts", "width", "depth"]
+    lines = []
+    for index, name in enumerate(names):
+        for step in (10, 20):
+            done = 20 * index + step
+            line = {"phase": name, "step": step, "tokens": done, "flops": 1e9 * done, "seconds": float(done)}
+            line |= {"loss": 6 - 0.05 * done, "lr": 1e-3, "tokens_per_second": 1.0, "mfu": None, "memory_bytes": 2**34}
+            line |= {"val_loss": 6 - 0.05 * done}
+            line |= {"balance_loss": 1.02, "expert_load_max": 2.5, "expert_load_min": 0.25} if index else {}
+            line |= {"expert_divergence": 0.01 * step} if name == "moe" else {}
+            line |= {"head_divergence": 0.002 * step} if name == "wide" else {}
+            lines.append(line)
+    (run / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    phases = {name: {} for name in names}
+    (run / "run.yaml").write_text(yaml.safe_dump({"name": "stages", "plan": {"phases": phases}}, sort_keys=False))
+    described = [{"name": name, "parameters": 9000, "active_parameters": 4000} for name in names]
+    (run / "summary.json").write_text(json.dumps({"status": "finished", "phases": described}))
+    for name, operator in zip(names[1:], operators, strict=True):
+        routed = {"router": 3e-6, "router_scale": 1.0, "rerouted": 0.0} if name != "moe" else {}
+        blocks = [BlockDrift(block=0, source=0, residual=1e-7), BlockDrift(block=1, source=1, residual=2e-7, **routed)]
+        record = replace(
+            GROWTH,
+            operator={"operator": operator, "extra": 3, "off": 0, "flag": False},
+            loss_after=GROWTH.loss_before + 2e-5,
+            blocks=[
+                BlockDrift(block=0, source=0, residual=1e-7),
+                BlockDrift(block=1, source=1, residual=2e-7, **routed),
+            ],
+        )
+        (run / f"growth/{name}.json").write_text(json.dumps(record.to_json()))
+    return run
+
+
+def test_a_run_of_many_phases(multistage: Path, tmp_path: Path):
+    page = write_report([multistage], tmp_path / "out").read_text()
+    assert page.count("<svg") == 6
+    for title in ("Copies come apart", "Expert load", "At the end of each phase"):
+        assert title in page
+    for figure in ("16 GiB", "experts apart", "heads apart", "0.25", "4k"):
+        assert f">{figure}<" in page
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_growths_come_in_the_order_of_the_plan_and_in_full(multistage: Path, width: int):
+    text = printed(multistage, width=width)
+    assert "…" not in text
+    places = [text.index(operator) for operator in ("experts extra=3", "width extra=3", "depth extra=3")]
+    assert places == sorted(places)
+    assert "flag=False" in text
+    assert "off=0" not in text
+    words = " ".join(text.split())
+    assert "2e-05" in words
+    assert "2e-07" in words
+    assert "3e-06" in words
 
 
 def test_thinned_keeps_the_mean():
