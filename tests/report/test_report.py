@@ -148,10 +148,7 @@ def multistage(tmp_path: Path) -> Path:
             GROWTH,
             operator={"operator": operator, "extra": 3, "off": 0, "flag": False},
             loss_after=GROWTH.loss_before + 2e-5,
-            blocks=[
-                BlockDrift(block=0, source=0, residual=1e-7),
-                BlockDrift(block=1, source=1, residual=2e-7, **routed),
-            ],
+            blocks=blocks,
         )
         (run / f"growth/{name}.json").write_text(json.dumps(record.to_json()))
     return run
