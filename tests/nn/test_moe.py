@@ -179,11 +179,10 @@ def checkpointed(block: nn.Module):
 @pytest.mark.parametrize("change", [{}, {"mlp": "gelu", "mlp_bias": True}, {"norm_topk_prob": False, "n_experts": 64}])
 def test_bf16_on_a_gpu_is_the_double_on_a_cpu(change: dict, compiled: bool) -> None:
     config = replace(CONFIG, d_model=256, d_expert=512, **change)
-    # the same bf16 numbers on both, and a router whose choices no rounding turns
-    moe = random_moe(config, torch.bfloat16)
-    with torch.no_grad():
-        moe.router.weight *= 4
-    x_BTD = random_x(config, torch.bfloat16, tokens=200)
+    moe, x_BTD = random_moe(config, torch.bfloat16), random_x(config, torch.bfloat16, tokens=200)
+    with torch.no_grad():  # logits that bf16 can hold, so that no rounding turns a choice
+        moe.router.weight.copy_(torch.eye(*moe.router.weight.shape))
+        x_BTD[..., : config.n_experts] = torch.rand(3, 200, config.n_experts).argsort(-1) / 8
     wide, wide_x_BTD = copy.deepcopy(moe).double(), x_BTD.detach().double().requires_grad_()
     moe, x_BTD = moe.cuda(), x_BTD.detach().cuda().requires_grad_()
     run = torch.compile(moe, fullgraph=True, dynamic=False) if compiled else moe
@@ -195,4 +194,4 @@ def test_bf16_on_a_gpu_is_the_double_on_a_cpu(change: dict, compiled: bool) -> N
         )
     )
     for one, other in zip(found, expected, strict=True):
-        assert (one.double().cpu() - other).norm() <= 0.02 * other.norm()
+        assert (one.double().cpu() - other).norm() <= 0.01 * other.norm()
