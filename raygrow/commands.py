@@ -85,6 +85,7 @@ def train(tree: dict[str, Any]) -> int:
       raygrow train model=decoder/llama/tiny plan=gstack           what is trained when nothing is said
       raygrow train control=true workers.num=2                     also from scratch, on two workers
       raygrow train plan.phases.stacked.growth.factor=2            stack twice instead of four times
+      raygrow train plan=multistage_450m                           dense, experts, width, depth; brings its model along
       raygrow train dry_run=true                                   all settings, parameters, FLOPs, memory, phases;
                                                                    trains nothing
       raygrow train --multirun plan=gstack,scratch                 one after the other

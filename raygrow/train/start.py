@@ -87,7 +87,8 @@ def start_from_source(
     if phase.growth is None:
         fill_from(parameters, weights)
         if state_from:
-            _take_optimizer_state({name: copy_rule(name) for name in parameters}, "copy", state_from, model, optimizer)
+            copies = {name: copy_rule(name) for name in parameters}
+            _take_optimizer_state(copies, "copy", state_from, model, optimizer, worker)
         return Start(None, _seconds(checkpoint))
 
     assert phase.source is not None
@@ -97,7 +98,7 @@ def start_from_source(
         fill(parameters[name], full)
     if state_from:
         policy: Policy = "asymmetric" if phase.optimizer_state == "asymmetric" else "copy"
-        _take_optimizer_state(growth.rules, policy, state_from, model, optimizer)
+        _take_optimizer_state(growth.rules, policy, state_from, model, optimizer, worker)
     verification = verify(
         before,
         outputs(model, validation, config, worker),
@@ -139,7 +140,7 @@ def _outputs_of_source(
 
 
 def _take_optimizer_state(
-    rules: Rules, policy: Policy, checkpoint: Path, model: Rack, optimizer: torch.optim.Optimizer
+    rules: Rules, policy: Policy, checkpoint: Path, model: Rack, optimizer: torch.optim.Optimizer, worker: Worker
 ) -> None:
     """Grows Adam's moments as `weights/moments.py` says; the step count of each parameter is that of its first source.
 
@@ -161,7 +162,8 @@ def _take_optimizer_state(
             fill(state[moment][name], full)
     for name, rule in known.items():
         fill(state["step"][name], steps[rule.sources[0]])
-    if fresh := len(state["step"]) - len(known):
+    fresh = len(state["step"]) - len(known)
+    if fresh and worker.rank == 0:
         logger.info("Adam starts afresh for %d of %d parameters: nothing is known of theirs", fresh, len(state["step"]))
 
 
