@@ -49,7 +49,7 @@ def storage_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_run_is_stopped_and_goes_on(tiny: RunConfig, storage_path: str, tmp_path: Path) -> None:
     folder = RunFolder.of(storage_path, "remote")
-    phases = tiny.plan.phases | {"stacked": replace(tiny.plan.phases["stacked"], steps=60)}
+    phases = tiny.plan.phases | {"stacked": replace(tiny.plan.phases["stacked"], steps=60, save_start="grown")}
     words = settings(replace(tiny, name="remote", storage_path=storage_path, plan=PlanConfig(phases=phases)))
     # a Ray of its own, whose workers know the secrets
     with driver(tmp_path, "train", *words, RAY_ADDRESS="local") as command:
@@ -65,7 +65,9 @@ def test_a_run_is_stopped_and_goes_on(tiny: RunConfig, storage_path: str, tmp_pa
         (phase, step) for phase, steps in (("base", 20), ("stacked", 60)) for step in range(5, steps + 1, 5)
     ]
     assert json.loads(folder.read("summary.json") or "")["status"] == "finished"
-    assert json.loads(folder.read("model/config.json") or "")["model"]["blocks_per_stack"] == 2
+    for model in ("model", "models/grown"):
+        assert json.loads(folder.read(f"{model}/config.json") or "")["model"]["blocks_per_stack"] == 2
+    assert folder.read("models/training_history.jsonl") == folder.read("history.jsonl")
     assert "<svg" in (folder.read("report.html") or "")
     assert {"loss.png", "report.html", "run.yaml", "summary.json"} <= set(folder.names())
     assert folder.names("tensorboard")
