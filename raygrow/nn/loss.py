@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raygrow.kernels.cross_entropy import cross_entropy_
 
 LOGIT_BYTES = 512 * 2**20
 """Size of the chunk of logits that is alive at a time."""
+
+ALIGNMENT = 64
+"""The vocabulary is padded to a multiple of this: rows of 50257 logits do not start where CUDA's fast kernels can load
+from."""
 
 
 class Loss(NamedTuple):
@@ -53,15 +58,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_x_ND = torch.empty_like(x_ND) if needs_x else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=total.dtype) if needs_weight else None
-        rows = max(1, LOGIT_BYTES // (weight_VD.shape[0] * x_ND.element_size()))
+        vocab_size = len(weight_VD)
+        if vocab_size % ALIGNMENT:
+            weight_VD = F.pad(weight_VD, (0, 0, 0, -vocab_size % ALIGNMENT))
+        rows = max(1, LOGIT_BYTES // (len(weight_VD) * x_ND.element_size()))
         for start in range(0, len(x_ND), rows):
             chunk = slice(start, start + rows)
             logits_NV = x_ND[chunk] @ weight_VD.T
+            logits_NV[:, vocab_size:] = -torch.inf  # padding has no probability, hence no gradient
             total += cross_entropy_(logits_NV, targets_N[chunk]).sum()
             if grad_x_ND is not None:
                 torch.mm(logits_NV, weight_VD, out=grad_x_ND[chunk])
             if grad_weight_VD is not None:
-                grad_weight_VD += logits_NV.T @ x_ND[chunk]
+                grad_weight_VD += (logits_NV.T @ x_ND[chunk])[:vocab_size]
         ctx.save_for_backward(grad_x_ND, grad_weight_VD)
         ctx.dtypes = x_ND.dtype, weight_VD.dtype
         return total

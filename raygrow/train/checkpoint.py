@@ -9,15 +9,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -72,7 +73,8 @@ class CheckpointTensors(Mapping[str, Tensor]):
         if not (folder / ".metadata").is_file():
             raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no .metadata file")
         self._newest: tuple[str, Tensor] | None = None
-        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        self._reader = _Reader(folder)
+        stored = self._reader.read_metadata().state_dict_metadata
         self._stored = {
             name.removeprefix(prefix): entry
             for name, entry in stored.items()
@@ -87,7 +89,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone is what is meant here
-            dcp_load({self.prefix + name: tensor}, checkpoint_id=self.folder, no_dist=True)
+            dcp_load({self.prefix + name: tensor}, storage_reader=self._reader, no_dist=True)
         self._newest = name, tensor
         return tensor
 
@@ -99,6 +101,17 @@ class CheckpointTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._stored)
+
+
+class _Reader(FileSystemReader):
+    """Reads what a checkpoint holds once, not again for every tensor."""
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
+        return self._metadata
 
 
 class AsyncSaver:
