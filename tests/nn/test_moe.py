@@ -195,3 +195,25 @@ def test_bf16_on_a_gpu_is_the_double_on_a_cpu(change: dict, compiled: bool) -> N
     )
     for one, other in zip(found, expected, strict=True):
         assert (one.double().cpu() - other).norm() <= 0.01 * other.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", [{}, {"mlp": "gelu", "mlp_bias": True}])
+def test_bf16_on_a_gpu_gives_the_same_bits_again(change: dict, compiled: bool) -> None:
+    config = replace(CONFIG, d_model=256, d_expert=512, **change)
+    moe, x_BTD = random_moe(config, torch.bfloat16).cuda(), random_x(config, torch.bfloat16, tokens=800)
+    x_BTD = x_BTD.detach().cuda().requires_grad_()
+    run = torch.compile(moe, fullgraph=True, dynamic=False) if compiled else moe
+    inputs = [x_BTD, *moe.parameters()]
+
+    def once() -> list[Tensor]:
+        # what feeds the grouped products is made right before them, as in training
+        out_BTD, balance = run(x_BTD * 1.0)
+        return gradients(out_BTD, balance.loss_B.sum(), inputs)
+
+    first = once()
+    for _ in range(20):
+        for one, other in zip(once(), first, strict=True):
+            assert torch.equal(one, other)
