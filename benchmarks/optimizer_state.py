@@ -12,7 +12,6 @@ several seeds (which decide the initial weights and the order of the data).
 import argparse
 import statistics
 import tempfile
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,15 @@ def main() -> None:
     folder = arguments.folder / "smoke" if arguments.smoke else arguments.folder
     data = [*(SMOKE_DATA if arguments.smoke else DATA), f"data.path={folder / 'python'}"]
     settings = [*COMMON, *(SMOKE if arguments.smoke else []), *data, f"storage_path={folder / 'runs'}"]
-    arms = list(product(arguments.seeds, WARMUPS, CHOICES))
-    commands = {run_name(*arm): command(*arm, settings) for arm in arms}
+    commands = {
+        run_name(seed, warmup, choice): command(seed, warmup, choice, settings)
+        for seed in arguments.seeds
+        for warmup in WARMUPS
+        for choice in CHOICES
+    }
     execute(["jobs/prepare_data.py", "data=python_source", *data], folder / "prepare.log")
     run_lanes({name: words for name, words in commands.items() if not done(folder, name)}, arguments.gpus, folder)
-    rows = [row(choice, warmup, arguments.seeds, folder) for warmup, choice in product(WARMUPS, CHOICES)]
+    rows = [row(choice, warmup, arguments.seeds, folder) for warmup in WARMUPS for choice in CHOICES]
     print_table(rows)
     if not arguments.smoke:
         lines = {name: shown(words) for name, words in commands.items()}
