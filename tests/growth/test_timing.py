@@ -1,8 +1,11 @@
 """The growth-timing formula against the authors' table, and what happens outside its range."""
 
+import itertools
+import math
+
 import pytest
 
-from raygrow.growth.timing import describe, growth_timing
+from raygrow.growth.timing import PUBLISHED, TimingPoint, describe, fit_timing, growth_timing
 
 
 @pytest.mark.parametrize(
@@ -60,3 +63,57 @@ def test_a_larger_factor_makes_the_same_base_tokens_cheaper():
 def test_arguments_out_of_range_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
         growth_timing(**arguments)
+
+
+CONSTANTS = {"a": 0.7, "b": 120.0, "c": -3.0}
+SIZES = [(n, c) for n in (3e7, 1e8, 1e9) for c in (1e17, 1e18, 1e20)]
+
+
+def points(pairs, constants=CONSTANTS, noise=(0.0,)):
+    a, b, c = (constants[name] for name in "abc")
+    return [
+        TimingPoint(params=n, flops=flops, base_tokens=10 ** (a * math.log10(n) + b / math.log10(flops) + c + miss))
+        for (n, flops), miss in zip(pairs, itertools.cycle(noise))
+    ]
+
+
+def test_a_fit_gets_the_constants_back():
+    fit = fit_timing(points(SIZES))
+    assert fit.fitted == ("a", "b", "c")
+    assert fit.rank == 3
+    assert fit.condition == pytest.approx(1)  # every N with every C
+    assert fit.constants == pytest.approx(CONSTANTS)
+    assert fit.largest_error == pytest.approx(1)
+    assert fit.base_tokens(5e8, 1e19) == pytest.approx(points([(5e8, 1e19)])[0].base_tokens)
+
+
+def test_noise_shows_in_the_standard_errors():
+    noise = (0.05, -0.03, 0.02, -0.04)
+    fit = fit_timing(points(SIZES, noise=noise))
+    for name, value in CONSTANTS.items():
+        assert 0 < abs(fit.constants[name] - value) < 4 * fit.errors[name]
+    assert 1.02 < fit.largest_error < 1.2
+
+
+@pytest.mark.parametrize(
+    ("pairs", "fitted", "rank"),
+    [
+        ([(1e8, 1e18)], ("c",), 1),
+        ([(1e8, 1e17), (1e8, 1e19)], ("b", "c"), 2),
+        ([(1e7, 1e18), (1e8, 1e18), (1e9, 1e18)], ("a", "c"), 2),
+        ([(1e7, 1e17), (1e9, 1e20)], ("c",), 2),  # N and C together: either could be the cause
+        ([(10 ** (40 / x), 10.0**x) for x in (17, 18, 20)], ("c",), 2),  # log N follows 1 / log C
+    ],
+)
+def test_what_the_points_do_not_determine_stays_as_published(pairs, fitted, rank):
+    fit = fit_timing(points(pairs, PUBLISHED, noise=(0.1,)))
+    assert fit.fitted == fitted
+    assert fit.rank == rank
+    assert fit.errors.keys() == (set(fitted) if len(pairs) > len(fitted) else set())
+    moved = {name: value for name, value in fit.constants.items() if value != pytest.approx(PUBLISHED[name])}
+    assert moved == pytest.approx({"c": PUBLISHED["c"] + 0.1})
+
+
+def test_a_fit_needs_a_point():
+    with pytest.raises(ValueError, match="no points"):
+        fit_timing([])
