@@ -7,6 +7,7 @@ whether the checkpoint being written is on disk. The steps between are never wai
 import logging
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -44,7 +45,16 @@ class Outcome:
 
 
 def train_phase(
-    phase: Phase, config: TrainConfig, *, data: Path, seed: int, source: Path | None, session: Session, device: str
+    phase: Phase,
+    config: TrainConfig,
+    *,
+    data: Path,
+    seed: int,
+    source: Path | None,
+    session: Session,
+    device: str,
+    until: int | None = None,
+    save_at: Collection[int] = (),
 ) -> Outcome:
     """Trains one phase on this worker. Every worker of the group calls it with the same arguments.
 
@@ -56,6 +66,8 @@ def train_phase(
         source: Last checkpoint of the phase before, where the phase starts from one.
         session: The link to the run.
         device: `cpu` or `cuda:<i>`.
+        until: Last step to train, where that is before the phase's end.
+        save_at: Steps to evaluate and save at too, multiples of `report_every`.
 
     Returns:
         How it ended; a failed verification or a diverged loss is an outcome, not an exception, since a retry would
@@ -63,7 +75,16 @@ def train_phase(
     """
     set_determinism(deterministic=config.deterministic)
     worker = Worker.join(torch.device(device))
-    run = _PhaseRun(phase, config, data=data, seed=seed, session=session, worker=worker)
+    run = _PhaseRun(
+        phase,
+        config,
+        data=data,
+        seed=seed,
+        session=session,
+        worker=worker,
+        last_step=until or phase.steps,
+        save_at=save_at,
+    )
     failure = run.start(source)
     return Outcome("failed", failure) if failure else run.train()
 
@@ -82,9 +103,19 @@ class _PhaseRun:
     """The state of a phase in training on one worker."""
 
     def __init__(
-        self, phase: Phase, config: TrainConfig, *, data: Path, seed: int, session: Session, worker: Worker
+        self,
+        phase: Phase,
+        config: TrainConfig,
+        *,
+        data: Path,
+        seed: int,
+        session: Session,
+        worker: Worker,
+        last_step: int,
+        save_at: Collection[int],
     ) -> None:
         self.phase, self.config, self.session, self.worker, self.seed = phase, config, session, worker, seed
+        self.last_step, self.save_at = last_step, save_at
         self.micro_batch_size = phase.micro_batch_rows(worker.count)
         self.model = build_sharded(phase.model, config, worker.mesh, worker.device)
         freeze(self.model, phase.frozen)
@@ -130,7 +161,7 @@ class _PhaseRun:
     def train(self) -> Outcome:
         """Runs the steps that are left."""
         phase = self.phase
-        steps = range(self.progress.step, phase.steps)
+        steps = range(self.progress.step, self.last_step)
         step_batches = batches(
             self.sampler,
             first_sample=phase.first_sample,
@@ -184,14 +215,15 @@ class _PhaseRun:
         self._log(loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_second=tokens / seconds, **experts)
         if problem := self._checkpoint(written=written == self.worker.count, stop=bool(stop)):
             return Outcome("failed", problem)
-        if stop and self.progress.step < self.phase.steps:
+        if stop and self.progress.step < self.last_step:
             return Outcome(
                 "stopped", f"{self.phase.name}: stopped at step {self.progress.step} of {self.phase.steps}, saved"
             )
         return None
 
     def _is_due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.phase.steps
+        step = self.progress.step
+        return step % every == 0 or step == self.last_step or step in self.save_at
 
     def _divergence(self, loss: float, norm: float) -> str | None:
         """Why training must stop, if the loss or gradient has gone bad."""
@@ -247,7 +279,7 @@ class _PhaseRun:
             return problem
         if due:
             self._save()
-        is_last = self.progress.step == self.phase.steps or stop
+        is_last = self.progress.step == self.last_step or stop
         return self._commit() if is_last else None
 
     def _save(self) -> None:
