@@ -6,8 +6,8 @@ walking forward, each growth is applied (`grow`), which gives the model of every
 
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
-from functools import partial
 
+from raygrow.growth.blocks import split_name
 from raygrow.growth.operator import GrowthConfig
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import training_flops_per_token
@@ -156,7 +156,7 @@ def _settle(
 ) -> Phase:
     seq_len = config.seq_len or train.seq_len
     batch_size = config.batch_size or train.batch_size
-    flops_per_token = training_flops_per_token(model, seq_len, trains=partial(_trains, model, config.frozen))
+    flops_per_token = training_flops_per_token(model, seq_len, trains=_trained_units(model, config.frozen).__contains__)
     flops_before = sum(phase.flops for phase in before)
     steps = _steps(name, config, total, flops_before, flops_per_token, batch_size * seq_len)
     source = _source(name, config, before, model)
@@ -220,10 +220,10 @@ def _steps(
     return steps
 
 
-def _trains(model: ModelConfig, frozen: tuple[str, ...], unit: str) -> bool:
-    """Whether any parameter of a unit of the model (`embedding`, `blocks.3`, `head`) is left to train."""
-    names = (name for name in parameter_shapes(model) if name.startswith(f"{unit}."))
-    return any(not is_frozen(name, frozen) for name in names)
+def _trained_units(model: ModelConfig, frozen: tuple[str, ...]) -> set[str]:
+    """The units of a model (`embedding`, `blocks.3`, `head`) of which any parameter is left to train."""
+    trained = (split_name(name) for name in parameter_shapes(model) if not is_frozen(name, frozen))
+    return {rest.split(".")[0] if block is None else f"blocks.{block}" for block, rest in trained}
 
 
 def is_frozen(name: str, patterns: tuple[str, ...]) -> bool:
