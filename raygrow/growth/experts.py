@@ -6,6 +6,7 @@ scaled weights make up for on average (arXiv 2410.07524). The router is new and 
 token to the same experts.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -47,8 +48,8 @@ class Experts:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be an integer of at least 1")
         if self.n_experts < self.top_k:
             raise ValueError(f"n_experts={self.n_experts}: fewer than top_k={self.top_k}, the experts of one token")
-        if self.router_std < 0:
-            raise ValueError(f"router_std={self.router_std}: must be at least 0")
+        if not 0 <= self.router_std < math.inf:
+            raise ValueError(f"router_std={self.router_std}: must be a number of at least 0")
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop={self.drop}: must be a share from 0 to 1")
         if self.blocks != "all":

@@ -49,7 +49,7 @@ class Width:
     of its own instead, with the scale worked in.
 
     Raises:
-        ValueError: If a factor is not an integer of at least 1, or the noise is negative.
+        ValueError: If a factor is not an integer of at least 1, or the noise is not a number of at least 0.
     """
 
     operator: Literal["width"] = "width"
@@ -77,8 +77,8 @@ class Width:
                     f"growth {name}={value!r}: width grows by whole factors, integers of at least 1"
                     + (" or 0 for `factor`" if not least else "")
                 )
-        if self.noise_snr_db < 0:
-            raise ValueError(f"noise_snr_db={self.noise_snr_db}: must be above 0, or 0 for no noise")
+        if not 0 <= self.noise_snr_db < math.inf:
+            raise ValueError(f"noise_snr_db={self.noise_snr_db}: must be a number above 0, or 0 for no noise")
 
     def grow(self, config: ModelConfig) -> Growth:
         """The growth of a model of this config.

@@ -1,5 +1,6 @@
 """The shape of a model: everything that decides which tensors a Rack holds and what they compute."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -65,6 +66,8 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even head_dim")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if not 0 < self.logit_scale < math.inf:
+            raise ValueError(f"logit_scale={self.logit_scale}: must be a number above 0")
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -75,6 +78,8 @@ class ModelConfig:
             return
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k={self.top_k}: must be from 1 to n_experts={self.n_experts}")
+        if self.d_expert < 0:
+            raise ValueError(f"d_expert={self.d_expert}: must be at least 1, or 0 for d_ff")
         object.__setattr__(self, "d_expert", self.d_expert or self.d_ff)
         object.__setattr__(self, "dense_blocks", tuple(sorted(set(self.dense_blocks))))
         wrong = [block for block in self.dense_blocks if not 0 <= block < self.n_blocks]

@@ -38,7 +38,7 @@ def divergences(model: Rack, phase: Phase) -> dict[str, float]:
     heads, columns = phase.model.n_heads // phase.source.n_heads, phase.model.d_model // phase.source.d_model
     if heads > 1:
         found["head_divergence"] = _mean(_divergence(copies) for copies in _head_copies(model, heads, columns))
-    if phase.model.n_experts and not phase.source.n_experts:
+    if phase.model.n_experts > 1 and not phase.source.n_experts:
         found["expert_divergence"] = _mean(_divergence(copies) for copies in _whole(model, ".experts.up.weight"))
     return found
 

@@ -25,7 +25,7 @@ from raygrow.train.parallel import build_sharded, fill, fill_from, local_part, p
 from raygrow.train.plan import Phase
 from raygrow.train.worker import Worker
 from raygrow.weights.apply import apply_rules
-from raygrow.weights.checks import Check, meant_zeros, none_of, statistics_checks, tensor_statistics
+from raygrow.weights.checks import Check, inherited_zeros, meant_zeros, none_of, statistics_checks, tensor_statistics
 from raygrow.weights.folder import open_folder
 from raygrow.weights.moments import Policy, moment_rules
 from raygrow.weights.rules import Rules, Sliceable, copy_rule, take
@@ -173,9 +173,11 @@ def _tensor_checks(
     """Whether the tensors are what the growth's rules say, and their values, over all workers' shards."""
     names, statistics = tensor_statistics((name, local_part(tensor)) for name, tensor in parameters.items())
     total = torch.tensor(worker.sum(*statistics.flatten())).reshape(statistics.shape)
+    all_zeros = [name for name, non_zero in zip(names, total[:, 2].tolist(), strict=True) if not non_zero]
+    zeros = meant_zeros(growth.rules) | inherited_zeros(all_zeros, growth.rules, weights)
     return [
         _agreed(_rules_check(growth.rules, weights, parameters), worker),
-        *statistics_checks(names, total, growth.config, zeros=meant_zeros(growth.rules)),
+        *statistics_checks(names, total, growth.config, zeros=zeros),
     ]
 
 

@@ -6,7 +6,7 @@ Shapes: P parameters (named tensors).
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from raygrow.weights.rules import Rule, Rules, Stacked
 
 STD_FACTOR = 100.0
 """A matrix whose standard deviation is this many times off its start, either way, is taken for damaged."""
+
+MAY_START_SILENT = ("o", "down", "router")
+"""Modules that growth may start at zero, from where training moves them by small steps: no deviation is too small."""
 
 LARGEST_VALUE = 1e4
 """No weight of a healthy model comes near it."""
@@ -69,7 +72,7 @@ def statistics_checks(
         names: As given by `tensor_statistics`.
         statistics: The sum of all workers' `(P, 6)` statistics.
         config: Of the grown model; `nn/init.py` knows what each of its tensors starts as.
-        zeros: Tensors that are meant to be all zeros (see `meant_zeros`).
+        zeros: Tensors that are meant to be all zeros (see `meant_zeros` and `inherited_zeros`).
     """
     bad_values, odd_zeros, odd_std = [], [], []
     for name, row in zip(names, statistics.tolist(), strict=True):
@@ -85,7 +88,8 @@ def statistics_checks(
             odd_zeros.append(name)
         elif std:
             measured = math.sqrt(max(squares / elements - (total / elements) ** 2, 0.0))
-            if not std / STD_FACTOR <= measured <= std * STD_FACTOR:
+            smallest = 0.0 if name.split(".")[-2] in MAY_START_SILENT else std / STD_FACTOR
+            if not smallest <= measured <= std * STD_FACTOR:
                 odd_std.append(f"{name} (std {measured:.3g}, {std:.3g} at the start)")
     meant = f"only the {len(zeros)} tensors that are meant to be are all zeros" if zeros else "no tensor is all zeros"
     return [
@@ -98,6 +102,14 @@ def statistics_checks(
 def meant_zeros(rules: Rules) -> frozenset[str]:
     """The targets that their rules make all zeros, such as the output projections of silent Blocks."""
     return frozenset(name for name, rule in rules.items() if _is_zero(rule))
+
+
+def inherited_zeros(names: Iterable[str], rules: Rules, sources: Mapping[str, Tensor]) -> frozenset[str]:
+    """Of the targets `names`, those made of zeros alone: the source may have come with silent Blocks."""
+    made_of = {name: rules[name].sources for name in names}
+    return frozenset(
+        name for name, found in made_of.items() if found and not any(sources[source].any() for source in found)
+    )
 
 
 def none_of(name: str, wrong: Sequence[str], fine: str) -> Check:

@@ -188,6 +188,7 @@ def test_growing_what_was_shrunk_gives_the_target(operator, settings):
         ({"top_k": 1.5}, r"top_k=1\.5"),
         ({"drop": 1.5}, r"drop=1\.5"),
         ({"router_std": -1.0}, r"router_std=-1\.0"),
+        ({"router_std": float("nan")}, "router_std=nan"),
         ({"blocks": ()}, r"blocks=\[\]: must be `all` or a list of different blocks"),
         ({"blocks": (1, 1)}, r"blocks=\[1, 1\]"),
     ],

@@ -177,6 +177,7 @@ def test_an_untying_growth_comes_from_a_tied_model():
         ({"heads": -1}, "heads=-1"),
         ({"d_ff": 2.0}, r"d_ff=2\.0"),
         ({"noise_snr_db": -3.0}, r"noise_snr_db=-3\.0"),
+        ({"noise_snr_db": float("nan")}, "noise_snr_db=nan"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

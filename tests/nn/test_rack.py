@@ -123,8 +123,10 @@ def test_initial_weights_depend_on_name_and_seed_alone() -> None:
         ({"n_kv_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"d_ff": 0}, "d_ff=0"),
         ({"head_dim": 7}, "head_dim=7"),
+        ({"n_experts": 2, "top_k": 1, "d_expert": -4}, "d_expert=-4"),
+        ({"logit_scale": 0.0}, r"logit_scale=0\.0"),
     ],
 )
-def test_impossible_shapes_are_named(change: dict[str, int], message: str) -> None:
+def test_impossible_shapes_are_named(change: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**BASE | change)

@@ -64,7 +64,9 @@ def test_one_copy_that_left_is_seen() -> None:
     assert divergences(model, phase)["expert_divergence"] == pytest.approx((0.0075 / 4.21 * 4 / 3) ** 0.5 / 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("growth", [Gstack(factor=2), Width(heads=1, noise_snr_db=0), None])
+@pytest.mark.parametrize(
+    "growth", [Gstack(factor=2), Width(heads=1, noise_snr_db=0), Experts(n_experts=1, top_k=1), None]
+)
 def test_where_nothing_was_copied_there_is_nothing_to_watch(growth: GrowthConfig | None) -> None:
     if growth:
         assert divergences(*grown(growth)) == {}

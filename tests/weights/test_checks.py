@@ -11,7 +11,7 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import parameters
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
-from raygrow.weights.checks import meant_zeros, statistics_checks, tensor_statistics
+from raygrow.weights.checks import inherited_zeros, meant_zeros, statistics_checks, tensor_statistics
 
 CONFIG = ModelConfig(vocab_size=48, d_model=16, n_heads=2, d_ff=24, blocks_per_stack=2)
 
@@ -61,6 +61,27 @@ def test_what_rules_make_zero():
     silent = Depth(extra_layers=1, identity=True).grow(experts.config)
     assert meant_zeros(silent.rules) == {"blocks.2.attention.o.weight", "blocks.2.mlp.experts.down.weight"}
     assert not meant_zeros(Experts(n_experts=4, top_k=2).grow(CONFIG).rules)
+
+
+@torch.no_grad()
+def test_zeros_of_the_source_are_not_growths_fault(rack):
+    rack.blocks[1].attention.o.weight.zero_()
+    rules = dict(Depth(blocks=(0, 1, 1)).grow(CONFIG).rules) | {
+        "new": Experts().grow(CONFIG).rules["blocks.0.mlp.router.weight"]
+    }
+    silent = {"blocks.1.attention.o.weight", "blocks.2.attention.o.weight"}
+    suspects = [*silent, "blocks.0.attention.o.weight", "new"]
+    assert inherited_zeros(suspects, rules, dict(rack.named_parameters())) == silent
+
+
+@torch.no_grad()
+def test_what_started_silent_may_still_be_small(rack):
+    for parameter in (rack.blocks[1].attention.o.weight, rack.blocks[1].mlp.down.weight, rack.blocks[1].mlp.up.weight):
+        parameter *= 1e-6
+    found = failed(statistics_checks(*tensor_statistics(rack.named_parameters()), CONFIG))
+    assert found.keys() == {"standard deviations"}
+    assert found["standard deviations"].startswith("blocks.1.mlp.up.weight (std ")
+    assert "," not in found["standard deviations"].partition(")")[2]
 
 
 def test_statistics_of_shards_add_up(rack):
