@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.image
@@ -14,6 +14,9 @@ from rich.console import Console
 
 from raygrow.data.corpus import FilesCorpus, TokenizerConfig
 from raygrow.data.prepare import prepare
+from raygrow.growth.depth import Depth
+from raygrow.growth.experts import Experts
+from raygrow.growth.width import Width
 from raygrow.report.html import write_report
 from raygrow.report.plots import MAX_POINTS, thinned
 from raygrow.report.text import print_summary
@@ -124,7 +127,7 @@ def multistage(tmp_path: Path) -> Path:
     run = tmp_path / "stages"
     (run / "growth").mkdir(parents=True)
     names = ["dense", "moe", "wide", "deep"]
-    operators = ["experts", "width", "depth"]
+    operators = [Experts(), Width(untie=True), Depth(extra_layers=3)]
     lines = []
     for index, name in enumerate(names):
         for step in (10, 20):
@@ -146,7 +149,7 @@ def multistage(tmp_path: Path) -> Path:
         blocks = [BlockDrift(block=0, source=0, residual=1e-7), BlockDrift(block=1, source=1, residual=2e-7, **routed)]
         record = replace(
             GROWTH,
-            operator={"operator": operator, "extra": 3, "off": 0, "flag": False},
+            operator=asdict(operator),
             loss_after=GROWTH.loss_before + 2e-5,
             blocks=blocks,
         )
@@ -163,15 +166,15 @@ def test_a_run_of_many_phases(multistage: Path, tmp_path: Path):
         assert f">{figure}<" in page
 
 
-@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("width", [80, 100, 150, 200])
 def test_growths_come_in_the_order_of_the_plan_and_in_full(multistage: Path, width: int):
     text = printed(multistage, width=width)
     assert "…" not in text
-    places = [text.index(operator) for operator in ("experts extra=3", "width extra=3", "depth extra=3")]
+    words = text.split()
+    places = [words.index(operator) for operator in ("experts", "width", "depth")]
     assert places == sorted(places)
-    assert "flag=False" in text
-    assert "off=0" not in text
-    words = " ".join(text.split())
+    assert {"moe", "wide", "deep", "norm_topk_prob=True", "noise_snr_db=10.0", "identity=False"} <= set(words)
+    assert "drop=0.0" not in words  # what is off
     assert "2e-05" in words
     assert "2e-07" in words
     assert "3e-06" in words
