@@ -10,6 +10,7 @@ interval is a short tail. A phase whose length is a multiple of `report_every` a
 import gc
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from raygrow.data.shards import MANIFEST_FILE
 from raygrow.nn.config import ModelConfig
@@ -142,7 +142,8 @@ def train_segment(
 ) -> Outcome:
     """Makes the state at a segment's stop, from the nearest state before it. Does nothing where it is there already.
 
-    This process trains alone. Whatever ends it, the states that are there can be used.
+    This process trains alone, and must be the only one at work on the segment's key. Whatever ends it, the states that
+    are there can be used. They are those of one kind of device: `auto` settings mean something else on another.
 
     Args:
         segment: What to train; its parent must be trained.
@@ -168,9 +169,7 @@ def train_segment(
         return Outcome("finished")
     parent = segment.parent and states / segment.parent[0] / checkpoint_name(segment.parent[1])
     if parent and not parent.is_dir():
-        raise FileNotFoundError(
-            f"{parent} is not there: the segment that {segment.phase.name} goes on from is not trained"
-        )
+        raise FileNotFoundError(f"{segment.phase.name} goes on from {parent}, which is not there: train that first")
     session = StatesSession(
         own,
         start=parent if segment.start else None,
@@ -235,11 +234,13 @@ def _alone(device: str) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        gc.collect()  # FSDP's hooks and modules refer to each other, so the memory would stay taken
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+            gc.collect()  # FSDP's hooks and modules refer to each other, so the memory would stay taken
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()

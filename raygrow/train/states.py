@@ -2,8 +2,8 @@
 
 `<folder>/step-<step>/` holds the checkpoint of a step and its `history.jsonl`, the lines of its segment up to there, so
 that it depends on no other file. It is written aside and renamed: what bears the name is whole, whenever a process
-dies, and two that make the same state do no harm. A state that trials fork from is kept for good; others, saved on the
-way for the case that the process is lost, go when the next one is there.
+dies. A state that trials fork from is kept for good; others, saved on the way for the case that the process is lost, go
+when the next one is there.
 """
 
 import json
@@ -73,7 +73,7 @@ class States:
         for earlier in self.steps():
             if earlier < step and not self.is_kept(earlier):
                 gone = self.aside(earlier)
-                os.rename(self.of(earlier), gone)
+                os.rename(self.of(earlier), gone)  # what bears the name stays whole
                 shutil.rmtree(gone)
         for left in self.folder.glob(f".{checkpoint_name(step)}.*"):
             shutil.rmtree(left)

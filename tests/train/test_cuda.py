@@ -1,5 +1,6 @@
 """On a GPU: bf16 and compiled, a resumed run still equals the uninterrupted one to the bit."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from raygrow.growth.gstack import Gstack
 from raygrow.nn.config import ModelConfig
 from raygrow.train.config import PhaseConfig, PlanConfig, ScheduleConfig, TrainConfig
 from raygrow.train.loop import train_phase
 from raygrow.train.plan import resolve
-from raygrow.train.session import FolderSession
+from raygrow.train.session import FolderSession, Record
+from raygrow.train.shared import Segment, history_of, segments, train_segment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -66,3 +69,21 @@ def test_activation_checkpointing_changes_no_loss(data: Path, tmp_path: Path, mo
     plain = run(tmp_path / "plain", data, model)
     saving = run(tmp_path / "saving", data, model, replace(TRAIN, activation_checkpointing=True))
     assert [record["loss"] for record in saving] == pytest.approx([record["loss"] for record in plain], rel=2e-3)
+
+
+def test_a_forked_trial_is_the_trial_run_alone(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    grown = PhaseConfig(steps=20, growth=Gstack(factor=2))
+    plans = (PlanConfig(phases={"base": PhaseConfig(steps=steps), "stacked": grown}) for steps in (15, 25))
+    earlier, later = (segments(resolve(plan, MODEL, TRAIN), TRAIN, data=data, seed=0) for plan in plans)
+
+    def history(name: str, trial: Sequence[Segment], save_at: Sequence[int] = ()) -> list[Record]:
+        states = tmp_path / name
+        for segment in trial:
+            train_segment(segment, TRAIN, states=states, data=data, seed=0, device="cuda:0", save_at=save_at)
+        return history_of(trial, states)
+
+    history("shared", later[:1], save_at=[15])
+    forked, alone = history("shared", earlier), history("alone", earlier)
+    for key in ("step", "loss", "grad_norm", "val_loss"):
+        assert [record.get(key) for record in forked] == [record.get(key) for record in alone]
