@@ -175,7 +175,7 @@ def train_segment(
         start=parent if segment.start else None,
         stop=segment.stop,
         kept={*save_at, segment.stop},
-        on_record=on_record,
+        on_record=lambda line: on_record(_as_alone(line, segment)),
         wants_stop=stop_requested,
     )
     with _alone(device):
@@ -218,6 +218,12 @@ def growths_of(segments: Sequence[Segment], states: Path) -> dict[str, Path]:
     """The records of a trial's growths that have happened, by phase."""
     files = {segment.phase.name: states / segment.key / GROWTH for segment in segments if not segment.start}
     return {phase: file for phase, file in files.items() if file.exists()}
+
+
+def remove_unkept(states: Path) -> None:
+    """Removes all that no trial forks from or ends with. For a search that is over: nothing may be training."""
+    for folder in states.iterdir():
+        States(folder).remove_unkept()
 
 
 def _as_alone(line: Record, segment: Segment) -> Record:

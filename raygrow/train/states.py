@@ -72,11 +72,22 @@ class States:
             os.rename(aside, self.of(step))
         for earlier in self.steps():
             if earlier < step and not self.is_kept(earlier):
-                gone = self.aside(earlier)
-                os.rename(self.of(earlier), gone)  # what bears the name stays whole
-                shutil.rmtree(gone)
+                self._remove(earlier)
         for left in self.folder.glob(f".{checkpoint_name(step)}.*"):
             shutil.rmtree(left)
+
+    def remove_unkept(self) -> None:
+        """Removes states that are not kept, and what dead processes left of others."""
+        for step in self.steps():
+            if not self.is_kept(step):
+                self._remove(step)
+        for left in self.folder.glob(".step-*"):
+            shutil.rmtree(left)
+
+    def _remove(self, step: int) -> None:
+        aside = self.aside(step)  # what bears the name stays whole, should this process die
+        os.rename(self.of(step), aside)
+        shutil.rmtree(aside)
 
 
 class StatesSession:

@@ -21,6 +21,7 @@ from raygrow.train.shared import (
     growths_of,
     history_of,
     is_trained,
+    remove_unkept,
     segments,
     state_of,
     total_flops,
@@ -113,7 +114,7 @@ def trials(data: Path) -> dict[str, tuple[Segment, ...]]:
 
 @pytest.fixture(scope="module")
 def searched(trials, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[Segment, int]]]:
-    """The states of all trials, and segment and step of every line that was logged on the way."""
+    """The states of all trials, and segment and step of every line that was told on the way."""
     states, logged = tmp_path_factory.mktemp("search") / "states", []
     foreseen = [segment for name in trials if name != UNFORESEEN for segment in trials[name]]
     for segment in (segment for trial in trials.values() for segment in trial):
@@ -180,6 +181,8 @@ def test_a_kill_leaves_states_to_go_on_from(data: Path, tmp_path: Path) -> None:
     partial = tmp_path / trunk.key / f".{checkpoint_name(trunk.stop)}.dead"
     partial.mkdir()
     (partial / ".metadata").touch()
+    elsewhere = tmp_path / tail.key / f".{checkpoint_name(tail.stop + 1)}.dead"
+    elsewhere.mkdir(parents=True)
 
     logged = []
     assert not is_trained(trunk, tmp_path)
@@ -188,8 +191,18 @@ def test_a_kill_leaves_states_to_go_on_from(data: Path, tmp_path: Path) -> None:
         assert train(segment, tmp_path, data, on_record=logged.append) == Outcome("finished")
     assert logged[0]["step"] in (14, 18)
     assert not partial.exists()
+    remove_unkept(tmp_path)
+    assert not elsewhere.exists()
     assert is_trained(replace(trunk, stop=8), tmp_path)
     assert untimed(history_of([trunk, tail], tmp_path)) == untimed(alone(phases, tmp_path / "alone", data))
+
+
+def test_lines_told_on_the_way_are_those_of_the_trial(trials, searched, data: Path, tmp_path: Path) -> None:
+    base, told = trials["late"][0], []
+    train(base, tmp_path, data, save_at=[6], on_record=told.append)
+    assert untimed(told) == untimed(history_of([base], searched[0]))
+    assert "val_loss" not in told[6 // 2 - 1]
+    assert "val_loss" in history_of([trials["early"][0]], tmp_path)[-1]
 
 
 def test_a_stop_saves_and_goes_on(trials, searched, data: Path, tmp_path: Path) -> None:
