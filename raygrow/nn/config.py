@@ -99,7 +99,7 @@ class ModelConfig:
                 if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
                     raise ValueError(f"{name}={value!r}: must be a list of integers")
                 object.__setattr__(self, name, tuple(value))
-            elif not isinstance(value, (int, float) if hint is float else hint):
+            elif type(value) not in ((int, float) if hint is float else (hint,)):  # true is no number
                 raise ValueError(f"{name}={value!r}: must be of type {hint.__name__}")
 
     @property

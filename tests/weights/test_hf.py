@@ -211,6 +211,10 @@ def test_keys_that_are_not_there_mean_what_they_mean_in_transformers(family):
         ({**QWEN3, "sliding_window": 512, "use_sliding_window": True}, "sliding_window=512"),
         ({**QWEN3_MOE, "decoder_sparse_step": 0}, "decoder_sparse_step=0"),
         ({**QWEN3_MOE, "mlp_only_layers": 1}, "mlp_only_layers=1"),
+        ({**QWEN3_MOE, "num_experts": True}, "n_experts=True"),
+        ({**QWEN3_MOE, "model_type": ["qwen3_moe"]}, "model_type="),
+        ({**QWEN3_MOE, "rope_scaling": [1]}, r"rope_scaling or rope_parameters=\[1\]"),
+        ({**QWEN3_MOE, "rope_theta": None}, "rope_theta=None"),
         ({**QWEN3_MOE, "mlp_only_layers": [0, 1]}, r"dense_blocks=\[0, 1\]: .* not all"),
         (
             {**MIXTRAL, "num_experts_per_tok": 3, "num_local_experts": 2},

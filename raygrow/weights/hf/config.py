@@ -46,7 +46,7 @@ def from_hf_config(settings: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: If the model is of no family that raygrow knows, or has something that raygrow's models have not.
     """
-    family = FAMILIES.get(settings.get("model_type", ""))
+    family = FAMILIES.get(str(settings.get("model_type")))
     if family is None:
         raise ValueError(
             f"model_type={settings.get('model_type')!r}: of Hugging Face's models raygrow reads {', '.join(FAMILIES)}"
@@ -135,9 +135,14 @@ def _rope_theta(settings: Mapping[str, Any]) -> float:
     # transformers 5 holds theta and scaling in `rope_parameters`, 4 holds theta beside `rope_scaling`; where both are,
     # transformers goes by the older one
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_scaling or rope_parameters={rope!r}: must hold keys and values")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope scaling {kind!r}: only unscaled rotary positions (default) are supported")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']}: only whole heads can be rotated")
-    return float(rope.get("rope_theta", settings["rope_theta"]))
+    theta = rope.get("rope_theta", settings["rope_theta"])
+    if type(theta) not in (int, float):
+        raise ValueError(f"rope_theta={theta!r}: must be a number")
+    return float(theta)
