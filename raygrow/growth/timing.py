@@ -8,7 +8,7 @@ The fit is the authors'; below its range it asks for more tokens than a run has,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +68,7 @@ def growth_timing(params: float, tokens: float, *, factor: int = 4, share: float
     if not 0 < share <= LARGEST_BASE_SHARE:
         raise ValueError(f"share={share}: must be above 0 and at most {LARGEST_BASE_SHARE}")
     flops = 6 * params * tokens
-    fitted_tokens = _base_tokens(PUBLISHED, params, flops)
+    fitted_tokens = formula(params, flops)
     # the base has params / factor parameters, so its tokens cost that much less
     fitted_share = fitted_tokens / (factor * tokens)
     follows = fitted_share <= LARGEST_BASE_SHARE
@@ -118,7 +118,7 @@ class TimingFit:
 
     def base_tokens(self, params: float, flops: float) -> float:
         """Tokens of the base by these constants."""
-        return _base_tokens(self.constants, params, flops)
+        return formula(params, flops, self.constants)
 
 
 LARGEST_CONDITION = 30.0
@@ -173,8 +173,8 @@ def _condition(columns: list[np.ndarray]) -> float:
     return float(values[0] / values[-1]) if len(values) == len(columns) and values[-1] > 1e-9 * values[0] else math.inf
 
 
-def _base_tokens(constants: dict[str, float], params: float, flops: float) -> float:
-    """Tokens of the base by the formula (d)."""
+def formula(params: float, flops: float, constants: Mapping[str, float] = PUBLISHED) -> float:
+    """Tokens of the base: 10 ** (a log10(params) + b / log10(flops) + c)."""
     return 10 ** (constants["a"] * math.log10(params) + constants["b"] / math.log10(flops) + constants["c"])
 
 

@@ -6,41 +6,67 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from raygrow.report import plots
+from raygrow.report import plots, search_plots
+from raygrow.report.best_plan import write_best
 from raygrow.report.runs import load_runs
-from raygrow.report.summary import summarize
+from raygrow.report.search import Search, are_searches, load_search
+from raygrow.report.search_summary import best_name, summarize_search
+from raygrow.report.summary import Summary, summarize
 from raygrow.weights.atomic import replace_file
 
 TEMPLATE = "report.html.jinja"
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Writes `report.html` and, once a step has been reported, `loss.png` about run folders, finished or not.
+    """Writes `report.html` about run folders, finished or not, or about searches, with a picture beside it.
+
+    The picture is `loss.png`, once a step has been reported; of a search it is `search.png`, once a grown trial has
+    finished, and the best plan comes with it (`best/`).
 
     Args:
-        runs: Run folders. The control of each (`<name>-scratch` beside it) is added by itself.
-        out: Folder for the two files; made if missing.
+        runs: Run folders, or folders of searches. The control of a run (`<name>-scratch` beside it) is added by itself.
+        out: Folder for the files; made if missing.
 
     Returns:
         The path of `report.html`.
 
     Raises:
         FileNotFoundError: If a folder is no run folder.
-        ValueError: If a file in a run folder is damaged.
+        ValueError: If a file in a folder is damaged, or runs and searches are mixed.
     """
+    if are_searches(runs):
+        return _write_search_report(load_search(runs), out)
     loaded = load_runs(runs)
     begun = [run for run in loaded if run.history]
+    figures = [plots.svg(draw, name) for name, draw in plots.panels(begun).items()]
+    out.mkdir(parents=True, exist_ok=True)
+    if begun:
+        plots.write_png(begun, out / "loss.png")
+    return _write_page(out, summarize(loaded), figures, [run.path for run in loaded])
+
+
+def _write_search_report(search: Search, out: Path) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    panels = search_plots.panels(search)
+    if panels:
+        plots.write_panels(list(panels.values())[:2], out / "search.png")
+    if search.best_trial and search.best_trial.run:
+        write_best(
+            search.best_trial.run, out, name=best_name(search), text=f"The best plan of the search {search.name}."
+        )
+    figures = [plots.svg(draw, name) for name, draw in panels.items()]
+    return _write_page(out, summarize_search(search, out), figures, search.folders)
+
+
+def _write_page(out: Path, summary: Summary, figures: Sequence[str], folders: Sequence[Path]) -> Path:
     environment = Environment(
         loader=PackageLoader("raygrow.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template(TEMPLATE).render(
-        summary=summarize(loaded),
-        figures=[plots.svg(panel, begun) for panel in plots.panels(begun)],
-        folders=[str(run.path) for run in loaded],
+        summary=summary,
+        figures=figures,
+        folders=[str(folder) for folder in folders],
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    if begun:
-        plots.write_png(begun, out / "loss.png")
     replace_file(out / "report.html", page)
     return out / "report.html"

@@ -6,7 +6,8 @@ page (one below the other, as SVG whose ink follows the page's light or dark col
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ CLOSE_UP = 0.35
 MAX_POINTS = 500
 """Points drawn of one line of per-step metrics; more are averaged in groups."""
 
-Panel = Callable[[Axes, list[Run]], None]
+Drawing = Callable[[Axes], None]
 
 
 def draw_loss(axes: Axes, runs: list[Run]) -> None:
@@ -175,13 +176,13 @@ def mark_phases(axes: Axes, runs: list[Run], start: str, size: float = 1.0) -> N
                 )
 
 
-def panels(runs: list[Run]) -> list[Panel]:
-    """The panels that the runs have data for."""
+def panels(runs: list[Run]) -> dict[str, Drawing]:
+    """The panels that the runs have data for, by name."""
     if not runs:
-        return []
+        return {}
     evaluated = any(validation_curve(run, "flops") is not None for run in runs)
     found = {metric for run in runs for line in run.history for metric in line}
-    return [
+    drawn = [
         draw_loss,
         *([draw_close_up] if evaluated else []),
         draw_throughput,
@@ -189,32 +190,38 @@ def panels(runs: list[Run]) -> list[Panel]:
         *([draw_divergence] if found & {"head_divergence", "expert_divergence"} else []),
         *([draw_expert_load] if "expert_load_max" in found else []),
     ]
+    return {draw.__name__: partial(draw, runs=runs) for draw in drawn}
 
 
 def write_png(runs: list[Run], file: Path) -> None:
-    """Loss against FLOPs and its close-up side by side, 2080 pixels wide."""
-    chosen = [panel for panel in panels(runs) if panel in (draw_loss, draw_close_up)]
+    """Loss against FLOPs and its close-up side by side."""
+    found = panels(runs)
+    write_panels([found[name] for name in ("draw_loss", "draw_close_up") if name in found], file)
+
+
+def write_panels(drawings: Sequence[Drawing], file: Path) -> None:
+    """Panels side by side as a PNG, 2080 pixels wide."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(chosen), figsize=(13, 4.8), layout="constrained", squeeze=False)
-        for panel, place in zip(chosen, axes[0], strict=True):
-            panel(place, runs)
+        figure, axes = plt.subplots(1, len(drawings), figsize=(13, 4.8), layout="constrained", squeeze=False)
+        for draw, place in zip(drawings, axes[0], strict=True):
+            draw(place)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=160, facecolor="white")
         plt.close(figure)
     replace_file(file, image.getvalue())
 
 
-def svg(panel: Panel, runs: list[Run]) -> str:
-    """One panel as an SVG element to put into a page; its ink is the page's text colour."""
+def svg(draw: Drawing, name: str) -> str:
+    """One panel as an SVG element to put into a page, under a name of its own; its ink is the page's text colour."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.6, 4.4), layout="constrained")
-        panel(axes, runs)
+        draw(axes)
         text = _svg_text(figure)
         plt.close(figure)
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' (width|height)="[^"]*pt"', "", text, count=2)  # the page decides the size
     # the page may hold several figures: their ids must differ
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{panel.__name__}-", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", text)
     return text.replace(INK, "currentColor")
 
 

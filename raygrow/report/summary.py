@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Summary:
     sentences: list[str]
     tables: list[Table]
     settings: Table
+    commands: list[str] = field(default_factory=list)
+    """What to do next, to copy into a shell."""
 
 
 def summarize(runs: list[Run]) -> Summary:
@@ -85,7 +87,7 @@ def runs_table(runs: list[Run]) -> Table:
         for run in runs
     ]
     header = ["run", "status", "tokens", "FLOPs", "time", "val loss", "bits/byte", "tokens/s", "MFU"]
-    return _without_empty_columns(Table(title="Runs", header=header, rows=rows))
+    return without_empty_columns(Table(title="Runs", header=header, rows=rows))
 
 
 def comparison_table(comparisons: list[Comparison]) -> Table:
@@ -142,7 +144,7 @@ def growth_table(runs: list[Run]) -> Table:
         "How far growth moved the outputs (of the largest logit), the residual stream after the worst Block and the "
         "worst router's logits (of their size): rounding where the growth keeps the function, drift where it does not."
     )
-    return _without_empty_columns(Table(title="Growth", header=header, rows=rows, note=note))
+    return without_empty_columns(Table(title="Growth", header=header, rows=rows, note=note))
 
 
 def _jump(nats: float | None) -> str:
@@ -187,7 +189,7 @@ def phases_table(runs: list[Run]) -> Table:
                 ]
             )
     header = ["phase", "blocks", "parameters", "active", "steps", "tokens", "FLOPs", "share", "time", "val loss"]
-    return _without_empty_columns(Table(title="Phases", header=header, rows=rows))
+    return without_empty_columns(Table(title="Phases", header=header, rows=rows))
 
 
 METRIC_NOTES = {
@@ -222,7 +224,7 @@ def metrics_table(runs: list[Run]) -> Table:
     found = {key for run in runs for phase in run.phases for key in phase.newest}
     note = " ".join(text for key, text in METRIC_NOTES.items() if key in found)
     header = ["phase", *(name for name, _ in kinds.values())]
-    return _without_empty_columns(Table(title="At the end of each phase", header=header, rows=rows, note=note))
+    return without_empty_columns(Table(title="At the end of each phase", header=header, rows=rows, note=note))
 
 
 def _label(run: Run, phase: str, runs: list[Run]) -> str:
@@ -250,7 +252,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
     return {} if tree is None else {prefix: str(tree)}
 
 
-def _without_empty_columns(table: Table) -> Table:
+def without_empty_columns(table: Table) -> Table:
     """A CPU run has no MFU, a run in progress no phase's depth: such columns are left out."""
     kept = [i for i in range(len(table.header)) if any(row[i] != units.DASH for row in table.rows)]
     return replace(table, header=[table.header[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])

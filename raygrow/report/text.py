@@ -1,6 +1,7 @@
 """The report's verdict and tables on the terminal."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich import box
@@ -10,33 +11,48 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 
 from raygrow.report.runs import load_runs
+from raygrow.report.search import are_searches, load_search
+from raygrow.report.search_summary import summarize_search
 from raygrow.report.summary import Table, summarize
 
-SHOWN = ("Runs", "Speedup at equal loss", "Growth")
+SHOWN = ("Runs", "Speedup at equal loss", "Growth", "Settings", "The timing formula, refitted")
 """Tables that fit a terminal; the HTML report has all of them."""
+
+MOST_ROWS = 12
+"""Rows of a table on a terminal."""
 
 COLORS = {"won": "green", "lost": "red", "tied": "yellow", "open": "cyan"}
 
 
-def print_summary(runs: Sequence[Path], console: Console | None = None) -> None:
-    """Prints what came out of run folders: the verdict in words, then the main tables.
+def print_summary(runs: Sequence[Path], console: Console | None = None, *, out: Path | None = None) -> None:
+    """Prints what came out of run folders or of searches: the verdict in words, then the main tables.
 
     Args:
-        runs: Run folders. The control of each (`<name>-scratch` beside it) is added by itself.
+        runs: Run folders, or folders of searches. The control of a run (`<name>-scratch` beside it) is added by itself.
         console: Where to print; standard output when not given.
+        out: Where the report with the best plan of a search is; the first folder when not given.
 
     Raises:
         FileNotFoundError: If a folder is no run folder.
-        ValueError: If a file in a run folder is damaged.
+        ValueError: If a file in a folder is damaged, or runs and searches are mixed.
     """
     console = console or Console(highlight=False)
-    summary = summarize(load_runs(runs))
+    searched = are_searches(runs)
+    summary = summarize_search(load_search(runs), out or runs[0]) if searched else summarize(load_runs(runs))
     console.print(f"\n[bold {COLORS[summary.outcome]}]{escape(summary.headline)}[/]")
     for sentence in summary.sentences:
         console.print(escape(sentence))
     for table in summary.tables:
-        if table.title in SHOWN:
-            console.print(_fitting(table, console))
+        if table.title.partition(", at ")[0] in SHOWN:
+            console.print(_fitting(_shortened(table), console))
+    for command in summary.commands:
+        console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def _shortened(table: Table) -> Table:
+    """The first rows, and those that have a name and not a number, such as the control's."""
+    rows = [row for i, row in enumerate(table.rows) if i < MOST_ROWS or not row[0].isdigit()]
+    return replace(table, rows=rows)
 
 
 def _fitting(table: Table, console: Console) -> RichTable:

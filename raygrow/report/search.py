@@ -1,0 +1,346 @@
+"""Reads the folder of a search and finds its answer: the best setting against the formula's timing and from scratch.
+
+Trials that differ in their seed alone are one *setting*. Settings of one target and one budget are a *contest*: only
+their losses can be held against each other. A search has one contest, or one for each budget that it tries.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raygrow.growth.timing import TimingFit, TimingPoint, fit_timing
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.cost import block_parameters, training_flops_per_token
+from raygrow.report.compare import Comparison, Crossing, Curve, compare, crossing
+from raygrow.report.runs import Run, load_run
+
+RESULTS_FILE = "results.json"
+SEARCH_FILE = "search.yaml"
+SAME_BUDGET = 0.05
+"""Budgets this close are one: phases end on whole steps, and a control spends what the grown run's phases add up to."""
+
+STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t for a two-sided 95 % interval, by degrees of freedom from 1; the last one is used beyond, a bit wide."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval, `mean - half` to `mean + half`; no interval from one seed."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One trial: its line of results.json, and its run folder where that is there."""
+
+    name: str
+    values: dict[str, Any]
+    """What the search chose, by dotted key."""
+    status: str
+    """`finished`, `stopped` (early, as hopeless), or `failed`."""
+    val_loss: float | None
+    flops: float
+    is_control: bool
+    is_formula: bool
+    run: Run | None
+
+    @property
+    def seed(self) -> Any:
+        settings = self.run.settings if self.run else {}
+        return self.values.get("seed", settings.get("seed", 0))
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The values without the seed."""
+        return {key: value for key, value in self.values.items() if key != "seed"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The trials that differ in their seed alone, at most one of each seed."""
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return self.trials[0].setting
+
+    @property
+    def is_control(self) -> bool:
+        return self.trials[0].is_control
+
+    @property
+    def is_formula(self) -> bool:
+        return any(trial.is_formula for trial in self.trials)
+
+    @property
+    def finished(self) -> dict[Any, Trial]:
+        """The trials that came to their end with a loss, by seed."""
+        return {t.seed: t for t in self.trials if t.status == "finished" and t.val_loss is not None}
+
+    @property
+    def loss(self) -> Estimate | None:
+        """Validation loss at the end of the budget; None while no trial has come there."""
+        return estimate(trial.val_loss for trial in self.finished.values() if trial.val_loss is not None)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs that its trials spent, on average."""
+        return float(np.mean([trial.flops for trial in self.trials]))
+
+    @cached_property
+    def base(self) -> tuple[float, float] | None:
+        """FLOPs and tokens before the first growth; None from scratch, or where no trial came that far."""
+        return next((base for trial in self.trials if trial.run and (base := _base(trial.run))), None)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The settings that share a target and a budget."""
+
+    model: ModelConfig
+    flops: float
+    """The budget."""
+    seq_len: int
+    settings: tuple[Setting, ...]
+
+    @property
+    def grown(self) -> list[Setting]:
+        """Settings that grow and have a loss, best first; those that more seeds have tried come before others."""
+        found = [(s.loss, s) for s in self.settings if not s.is_control]
+        ranked = sorted(
+            ((loss, s) for loss, s in found if loss is not None), key=lambda pair: (-pair[0].seeds, pair[0].mean)
+        )
+        return [setting for _, setting in ranked]
+
+    @property
+    def best(self) -> Setting | None:
+        """The lowest mean loss among the settings that most seeds have tried."""
+        return self.grown[0] if self.grown else None
+
+    @property
+    def control(self) -> Setting | None:
+        """The final model from scratch; the best of them where the search tuned it too."""
+        losses = [(loss.mean, i) for i, s in enumerate(self.settings) if s.is_control and (loss := s.loss) is not None]
+        return self.settings[min(losses)[1]] if losses else None
+
+    @property
+    def formula(self) -> Setting | None:
+        """The published formula's timing."""
+        return next((setting for setting in self.settings if setting.is_formula), None)
+
+    def share(self, setting: Setting) -> float | None:
+        """Share of the budget that was spent before the first growth."""
+        return setting.base[0] / self.flops if setting.base else None
+
+    def at_edge(self, setting: Setting) -> bool:
+        """Whether no earlier or no later growth was tried, so that the best timing may lie outside of what was."""
+        own = self.share(setting)
+        if own is None:
+            return False
+        # relative to it; steps are whole, so that equal shares of different bases are not quite equal
+        others = [share / own for s in self.grown if (share := self.share(s)) is not None]
+        earlier, later = min(others) < 1 - SAME_BUDGET, max(others) > 1 + SAME_BUDGET
+        return earlier != later
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search, or several that are looked at together."""
+
+    folders: tuple[Path, ...]
+    trials: tuple[Trial, ...]
+    contests: tuple[Contest, ...]
+    """Ascending by budget."""
+
+    @property
+    def name(self) -> str:
+        return ", ".join(folder.name for folder in self.folders)
+
+    @property
+    def contest(self) -> Contest | None:
+        """The one that the answer is about: the largest budget in which a grown trial has finished."""
+        return next((contest for contest in reversed(self.contests) if contest.best), None)
+
+    @property
+    def best_trial(self) -> Trial | None:
+        """One trial of the best setting."""
+        best = self.contest.best if self.contest else None
+        return next(iter(best.finished.values())) if best else None
+
+    def fit(self) -> TimingFit | None:
+        """The formula's constants from the best timing of every contest; None where no setting has finished."""
+        points = [point for contest in self.contests if (point := timing_point(contest)) is not None]
+        return fit_timing(points) if points else None
+
+
+def is_search(path: Path) -> bool:
+    """Whether a folder is that of a search."""
+    return any((Path(path) / name).is_file() for name in (RESULTS_FILE, SEARCH_FILE))
+
+
+def are_searches(folders: Sequence[Path]) -> bool:
+    """Whether all of these are folders of searches; False if none is.
+
+    Raises:
+        ValueError: If some are, others are not.
+    """
+    found = {folder: is_search(folder) for folder in folders}
+    if len(set(found.values())) > 1:
+        search, other = (next(folder for folder, what in found.items() if what is kind) for kind in (True, False))
+        raise ValueError(f"{search} is a search and {other} is none: report one kind at a time")
+    return all(found.values())
+
+
+def load_search(folders: Sequence[Path]) -> Search:
+    """Reads folders of searches.
+
+    Raises:
+        FileNotFoundError: If the folder of a finished trial is not there.
+        ValueError: If a file is damaged; names it.
+    """
+    folders = tuple(Path(folder).resolve() for folder in folders)
+    trials = tuple(trial for folder in folders for trial in _read_trials(folder))
+    return Search(folders, trials, _contests(trials))
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Mean and 95 % t-interval; None of no values, no interval of one."""
+    found = np.array(list(values), dtype=float)
+    if not len(found):
+        return None
+    freedom = len(found) - 1
+    if not freedom:
+        return Estimate(float(found[0]), None, 1)
+    t = STUDENT_95[min(freedom, len(STUDENT_95)) - 1]
+    return Estimate(float(found.mean()), t * float(found.std(ddof=1)) / math.sqrt(len(found)), len(found))
+
+
+def comparisons(setting: Setting, control: Setting) -> list[Comparison]:
+    """The setting against the control, seed by seed."""
+    pairs = [(trial.run, control.finished.get(seed)) for seed, trial in setting.finished.items()]
+    found = (compare(run, other.run) for run, other in pairs if run and other and other.run)
+    return [comparison for comparison in found if comparison is not None]
+
+
+def gain(setting: Setting, control: Setting) -> Estimate | None:
+    """Nats by which the setting ends below the control, over the seeds that both have."""
+    pairs = ((trial.val_loss, control.finished.get(seed)) for seed, trial in setting.finished.items())
+    return estimate(
+        other.val_loss - loss for loss, other in pairs if other and other.val_loss is not None and loss is not None
+    )
+
+
+def speedup(setting: Setting, control: Setting, *, of: Callable[[Comparison], Crossing]) -> Estimate | None:
+    """Speedup at equal loss over the seeds where both runs reached the loss that `of` a comparison takes."""
+    found = (of(comparison).speedup for comparison in comparisons(setting, control))
+    return estimate(value for value in found if value is not None)
+
+
+def decayed_speedup(contests: Sequence[Contest]) -> Estimate | None:
+    """Speedup between runs that are each at the end of their own budget, learning rate decayed.
+
+    Takes the best setting and the control of every budget; needs two budgets. Straight lines between budgets lie above
+    a loss curve's bend, which makes the speedup rather smaller than larger.
+    """
+    both = [(c.best, c.control) for c in contests]
+    found = [(best, control) for best, control in both if best and control]
+    if len(found) < 2:
+        return None
+    seeds = set.intersection(*(set(setting.finished) for pair in found for setting in pair))
+    speedups = []
+    for seed in sorted(seeds, key=str):
+        grown, scratch = (_ends([pair[arm].finished[seed] for pair in found]) for arm in (0, 1))
+        speedups.append(crossing(grown, scratch, max(grown.lowest, scratch.lowest)).speedup)
+    return estimate(value for value in speedups if value is not None)
+
+
+def timing_point(contest: Contest) -> TimingPoint | None:
+    """The best timing of a contest, in the units of the formula."""
+    best = contest.best
+    if best is None or best.base is None:
+        return None
+    params = sum(block_parameters(contest.model, block) for block in range(contest.model.n_blocks))
+    tokens = contest.flops / training_flops_per_token(contest.model, contest.seq_len)
+    return TimingPoint(params=params, flops=6 * params * tokens, base_tokens=best.base[1])
+
+
+def _read_trials(folder: Path) -> list[Trial]:
+    file = folder / RESULTS_FILE
+    if not file.is_file():
+        return []
+    try:
+        rows = json.loads(file.read_text())
+        return [_trial(row, folder) for row in rows]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): start the search again under its name to write it") from error
+
+
+def _trial(row: dict[str, Any], folder: Path) -> Trial:
+    path = folder / row["folder"]
+    if not path.is_dir():  # the search may have been moved since
+        path = folder / "trials" / row["name"]
+    run = load_run(path) if row["status"] == "finished" or (path / "run.yaml").is_file() else None
+    return Trial(
+        name=row["name"],
+        values=row["values"],
+        status=row["status"],
+        val_loss=row["val_loss"],
+        flops=row["flops"] or 0.0,
+        is_control=row["control"] or (run is not None and not run.is_grown),
+        is_formula=row["formula"],
+        run=run,
+    )
+
+
+def _contests(trials: Sequence[Trial]) -> tuple[Contest, ...]:
+    groups: list[tuple[ModelConfig, float, int, list[Trial]]] = []
+    for trial in trials:
+        if trial.run is None or not trial.run.settings:
+            continue
+        settings = trial.run.settings
+        model, seq_len = ModelConfig(**settings["model"]), settings["train"]["seq_len"]
+        plan = settings["plan"]
+        tokens, flops = plan.get("tokens"), plan.get("flops")
+        budget = flops or (tokens or 0) * training_flops_per_token(model, seq_len) or trial.flops
+        for other_model, other_budget, _, group in groups:
+            if other_model.regrouped(1) == model.regrouped(1) and abs(budget / other_budget - 1) <= SAME_BUDGET:
+                group.append(trial)
+                break
+        else:
+            groups.append((model, budget, seq_len, [trial]))
+    contests = (Contest(model, budget, seq_len, _settings(group)) for model, budget, seq_len, group in groups if budget)
+    return tuple(sorted(contests, key=lambda contest: contest.flops))
+
+
+def _settings(trials: Sequence[Trial]) -> tuple[Setting, ...]:
+    groups: dict[str, dict[Any, Trial]] = {}
+    for trial in trials:
+        key = json.dumps([trial.is_control, sorted(trial.setting.items())], default=str)
+        same = groups.setdefault(key, {})
+        # the formula's timing may also be one of the grid's: the same trial twice
+        if trial.seed not in same or trial.is_formula:
+            same[trial.seed] = trial
+    return tuple(Setting(tuple(group.values())) for group in groups.values())
+
+
+def _base(run: Run) -> tuple[float, float] | None:
+    """FLOPs and tokens of a run before its first growth."""
+    phases = run.settings["plan"]["phases"]
+    grows = [name for name, phase in phases.items() if phase and phase.get("growth")]
+    index = next((i for i, line in enumerate(run.history) if grows and line["phase"] == grows[0]), 0)
+    return (run.history[index - 1]["flops"], run.history[index - 1]["tokens"]) if index else None
+
+
+def _ends(trials: Sequence[Trial]) -> Curve:
+    """Final loss against budget."""
+    return Curve(np.array([t.flops for t in trials]), np.array([t.val_loss for t in trials], dtype=float))
