@@ -115,7 +115,7 @@ def load_run(path: Path) -> Run:
     history, settings, summary = path / "history.jsonl", path / "run.yaml", path / "summary.json"
     if not history.is_file() and not settings.is_file():
         raise FileNotFoundError(f"{path} is no run folder: it holds neither run.yaml nor history.jsonl")
-    set_to = _read_yaml(settings) if settings.is_file() else {}
+    set_to = read_yaml(settings) if settings.is_file() else {}
     place = {name: index for index, name in enumerate((set_to.get("plan") or {}).get("phases") or {})}
     growths = sorted((path / "growth").glob("*.json"), key=lambda file: place.get(file.stem, len(place)))
     return Run(
@@ -164,7 +164,12 @@ def read_history(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ValueError: If it is damaged; names it.
+    """
     try:
         return yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:

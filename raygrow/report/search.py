@@ -18,7 +18,7 @@ from raygrow.growth.timing import TimingFit, TimingPoint, fit_timing
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import block_parameters, training_flops_per_token
 from raygrow.report.compare import Comparison, Crossing, Curve, compare, crossing
-from raygrow.report.runs import Run, load_run
+from raygrow.report.runs import Run, load_run, read_yaml
 
 RESULTS_FILE = "results.json"
 SEARCH_FILE = "search.yaml"
@@ -46,7 +46,7 @@ class Trial:
     values: dict[str, Any]
     """What the search chose, by dotted key."""
     status: str
-    """`finished`, `stopped` (early, as hopeless), or `failed`."""
+    """`finished`, `stopped` (early, as hopeless), `failed` or `in progress`."""
     val_loss: float | None
     flops: float
     is_control: bool
@@ -277,12 +277,39 @@ def timing_point(contest: Contest) -> TimingPoint | None:
 def _read_trials(folder: Path) -> list[Trial]:
     file = folder / RESULTS_FILE
     if not file.is_file():
-        return []
+        return _trials_so_far(folder)
     try:
-        rows = json.loads(file.read_text())
-        return [_trial(row, folder) for row in rows]
+        return [_trial(row, folder) for row in json.loads(file.read_text())]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}): start the search again under its name to write it") from error
+
+
+def _trials_so_far(folder: Path) -> list[Trial]:
+    """The trials that have begun in a search without results yet, from their run folders alone."""
+    space = (read_yaml(folder / SEARCH_FILE).get("space") or {}).get("space") or {}
+    runs = [load_run(file.parent) for file in sorted((folder / "trials").glob("*/run.yaml"))]
+    trials = []
+    for run in runs:
+        values = {key: value for key in space if (value := _at(run.settings, key)) is not None}
+        trial = Trial(
+            name=run.name,
+            values=values,
+            status=run.status,
+            val_loss=run.last("val_loss"),
+            flops=run.last("flops") or 0.0,
+            is_control=not run.is_grown,
+            is_formula=run.name.startswith("formula"),
+            run=run,
+        )
+        trials.append(trial)
+    return trials
+
+
+def _at(tree: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _trial(row: dict[str, Any], folder: Path) -> Trial:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from raygrow.report import units
-from raygrow.report.plots import GROWN, INK, SCRATCH, Drawing
+from raygrow.report.plots import GROWN, INK, SCRATCH, Drawing, draw_close_up
 from raygrow.report.search import Contest, Estimate, Search, Setting, speedup
 
 COLORS = (*GROWN, "#7a8b00", "#8a5a44")
@@ -40,6 +40,10 @@ def panels(search: Search) -> dict[str, Drawing]:
     found: dict[str, Drawing] = {"losses": partial(draw_losses, contest=contest)}
     if contest.control:
         found["speedups"] = partial(draw_speedups, contest=contest)
+    both = [next(iter(s.finished.values())).run for s in (contest.best, contest.control) if s]
+    curves = [run for run in both if run and run.last("val_loss") is not None]
+    if len(curves) == 2:
+        found["curves"] = partial(draw_close_up, runs=curves)
     decided = [other for other in search.contests if other.best]
     if len(decided) > 1:
         found["budgets"] = partial(draw_budgets, contests=decided)

@@ -314,11 +314,12 @@ def _clearly_better(best: Setting, other: Setting) -> bool:
 def _left_out(search: Search) -> list[str]:
     """What came of the trials without a part in the answer."""
     if not search.trials:
-        return ["results.json has no trial yet."]
+        return ["No trial has begun yet."]
     ends = [trial.status for trial in search.trials]
     others = [
         (ends.count("stopped"), "was stopped early as hopeless", "were stopped early as hopeless"),
         (ends.count("failed"), "failed", "failed"),
+        (ends.count("in progress"), "is in progress", "are in progress"),
     ]
     counts = [f"{count} {one if count == 1 else more}" for count, one, more in others if count]
     return [f"Of {_many(len(ends), 'trial')}, {' and '.join(counts)}."] if counts else []

@@ -146,11 +146,27 @@ def test_no_grown_trial_has_finished(tmp_path: Path):
     assert not (tmp_path / "best").exists()
 
 
+def test_a_search_that_still_goes_on(tmp_path: Path):
+    rows = [write_trial(tmp_path, share=s, factor=f) for s in (0.03, 0.08) for f in (2, 4)]
+    rows += [write_trial(tmp_path, share=0.05, formula=True), write_trial(tmp_path, share=None)]
+    write_search(tmp_path, rows)
+    over = load_search([tmp_path])
+    (tmp_path / "results.json").unlink()
+    space = {SHARE: {"grid": [0.03, 0.08]}, FACTOR: {"grid": [2, 4]}, "seed": {"grid": [0]}}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump({"run": {}, "space": {"space": space}}))
+    found = load_search([tmp_path])
+    assert sorted(found.trials, key=lambda t: t.name) == sorted(over.trials, key=lambda t: t.name)
+    next(iter(tmp_path.glob("trials/share-0.08_factor-4*/summary.json"))).unlink()
+    said = answer(tmp_path)
+    assert "Growth won: share 0.05, factor 4" in said
+    assert "Of 6 trials, 1 is in progress." in said
+
+
 def test_one_file_says_it_all(seeds: Path, tmp_path: Path):
     report = write_report([seeds], tmp_path)
     page = report.read_text()
     assert "<h1>Growth won: share 0.08, factor 4</h1>" in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     for text in ("Settings", "Trials", "The timing formula, refitted", "the formula&#39;s timing", "plan=best seed=3"):
         assert text.replace("&#39;", "'") in page or text in page
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<link|<script""", page)
@@ -178,7 +194,7 @@ def test_several_budgets(budgets: Path, tmp_path: Path):
     assert found.mean == pytest.approx(np.mean(wanted))
     assert found.mean > 0.2
     page = write_report([budgets], tmp_path).read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert "with a decayed learning rate" in page
     assert decayed_speedup(search.contests[:1]) is None
 
@@ -216,6 +232,10 @@ def test_the_best_plan_composes_to_the_best_trial(seeds: Path, tmp_path: Path):
     assert found.name == "timing-best"
     for part in ("model", "data", "plan", "train"):
         assert getattr(found, part) == getattr(wanted, part)
+    with initialize_config_module("raygrow.conf", version_base="1.3"):
+        other = compose("train", ["plan=best", "model=decoder/llama/tiny", f"hydra.searchpath=[{tmp_path / 'best'}]"])
+    assert other.model.d_model == 192  # a model that is named is the one that is trained
+    assert other.plan == composed.plan
 
 
 def test_the_command_trains_the_best_plan(
