@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from raygrow.report import units
 from raygrow.report.plots import GROWN, INK, SCRATCH, Drawing, draw_close_up
+from raygrow.report.runs import Run
 from raygrow.report.search import Contest, Estimate, Search, Setting, speedup
 
 COLORS = (*GROWN, "#7a8b00", "#8a5a44")
@@ -40,8 +41,7 @@ def panels(search: Search) -> dict[str, Drawing]:
     found: dict[str, Drawing] = {"losses": partial(draw_losses, contest=contest)}
     if contest.control:
         found["speedups"] = partial(draw_speedups, contest=contest)
-    both = [next(iter(s.finished.values())).run for s in (contest.best, contest.control) if s]
-    curves = [run for run in both if run and run.last("val_loss") is not None]
+    curves = _one_of_each(contest)
     if len(curves) == 2:
         found["curves"] = partial(draw_close_up, runs=curves)
     decided = [other for other in search.contests if other.best]
@@ -49,6 +49,20 @@ def panels(search: Search) -> dict[str, Drawing]:
         found["budgets"] = partial(draw_budgets, contests=decided)
     found |= {f"losses{i}": partial(draw_losses, contest=c) for i, c in enumerate(decided) if c is not contest}
     return found
+
+
+def _one_of_each(contest: Contest) -> list[Run]:
+    """A run of the best setting and one from scratch, of the same seed where there are such."""
+    best, control = contest.best, contest.control
+    if not best or not control:
+        return []
+    seed = next((seed for seed in best.finished if seed in control.finished), None)
+    trials = {
+        name: setting.finished.get(seed) or next(iter(setting.finished.values()))
+        for name, setting in (("best", best), ("scratch", control))
+    }
+    runs = [replace(trial.run, name=name) for name, trial in trials.items() if trial.run]
+    return [run for run in runs if run.last("val_loss") is not None]
 
 
 def draw_losses(axes: Axes, contest: Contest) -> None:
@@ -70,7 +84,7 @@ def draw_speedups(axes: Axes, contest: Contest) -> None:
         return
     _draw_settings(axes, contest, lambda setting: speedup(setting, control, of=lambda c: c.reached))
     axes.axhline(0, color=SCRATCH[0], linestyle="--", label="from scratch")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f} %" if value else "0 %")
     axes.set(title="Speedup at equal loss", ylabel="FLOPs from scratch / FLOPs grown - 1")
     _legend(axes)
 
@@ -81,7 +95,7 @@ def draw_budgets(axes: Axes, contests: Sequence[Contest]) -> None:
     for name, color, arm in arms:
         ends = [(contest.flops, s.loss) for contest in contests if (s := arm(contest)) and s.loss]
         _draw_line(axes, ends, color, name)
-    axes.set_xscale("log")
+    _logarithmic(axes, units.flops)
     axes.set(title="Loss at the end of each budget", xlabel="budget, FLOPs", ylabel="validation, nats per token")
     axes.legend(loc="best")
 
@@ -169,14 +183,19 @@ def _legend(axes: Axes) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, columnspacing=1.5)
 
 
+def _logarithmic(axes: Axes, text: Callable[[float], str]) -> None:
+    """A logarithmic axis that has ticks to read within a decade too."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(lambda value, _: text(value))
+
+
 def _scale(axes: Axes, where: Layout, places: Sequence[float]) -> None:
     if where.names:
         axes.set_xticks(range(len(where.names)), where.names)
     elif places and min(places) > 0 and max(places) > WIDE * min(places):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _logarithmic(axes, "{:g}".format)
     if where.is_share:
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.set_xlabel(where.label)

@@ -23,6 +23,9 @@ from raygrow.report.summary import Summary, Table, settings_table, without_empty
 
 MEANINGS = {"a": "slope of log10 N", "b": "slope of 1 / log10 C", "c": "constant"}
 
+BUDGETS = ("plan.tokens", "plan.flops")
+"""Keys that all settings of a contest have alike."""
+
 
 def summarize_search(search: Search, out: Path) -> Summary:
     """The verdict and the tables of a search.
@@ -70,7 +73,7 @@ def best_name(search: Search) -> str:
 def describe(setting: Setting, contest: Contest) -> str:
     """A setting in words."""
     names = short_names(list(setting.values))
-    values = [f"{names[key]} {shown(value)}" for key, value in setting.values.items()]
+    values = [f"{names[key]} {shown(value)}" for key, value in setting.values.items() if key not in BUDGETS]
     share = contest.share(setting)
     if share is not None and not any(key.endswith(TIMING) for key in setting.values):
         values.append(f"grown after {units.percent(share)} of the FLOPs")
@@ -82,7 +85,7 @@ def settings_of(contest: Contest, *, several: bool = False) -> Table:
     finished, control = contest.grown, contest.control
     scratch = [s for s in contest.settings if s.is_control]
     open_ones = [s for s in contest.settings if not s.is_control and s not in finished]
-    keys = list(dict.fromkeys(key for s in contest.settings for key in s.values))
+    keys = list(dict.fromkeys(key for s in contest.settings for key in s.values if key not in BUDGETS))
     names = short_names(keys)
     rows = []
     for place, setting in enumerate([*finished, *scratch, *open_ones], 1):
@@ -267,7 +270,8 @@ def _against_formula(contest: Contest, best: Setting) -> list[str]:
     if behind is None:
         return [f"The formula's timing has no loss to compare with: {_unfinished(formula_setting)}."]
     return [
-        f"The formula's timing ({describe(formula_setting, contest)}): {interval(behind, signed=True)} nats behind."
+        "The published formula's timing, clamped where it asks for too large a base, is "
+        f"{interval(behind, signed=True)} nats behind ({describe(formula_setting, contest)})."
     ]
 
 

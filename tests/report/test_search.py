@@ -196,6 +196,8 @@ def test_several_budgets(budgets: Path, tmp_path: Path):
     page = write_report([budgets], tmp_path).read_text()
     assert page.count("<svg") == 6
     assert "with a decayed learning rate" in page
+    assert "best: speedup +" in page
+    assert "<h1>Growth won: share 0.08, factor 4</h1>" in page
     assert decayed_speedup(search.contests[:1]) is None
 
 
