@@ -226,24 +226,26 @@ def export(parsed: argparse.Namespace) -> int:
 
 
 @_command(
-    _argument("runs", "run folder", type=Path, nargs="+", metavar="RUN"),
+    _argument("runs", "run folder, or folder of a search", type=Path, nargs="+", metavar="RUN"),
     _argument("--out", "folder to write to; the first run's when not given", type=Path),
 )
 def report(parsed: argparse.Namespace) -> int:
     """Loss against FLOPs, growth checks, and who won.
 
     Writes report.html and loss.png about one run or several, finished or not, and prints the verdict. The control of
-    a run is added by itself.
+    a run is added by itself. Of a search it tells the best plan and writes it to best/, ready to train.
 
     Examples:
       raygrow report runs/tiny-gstack
       raygrow report runs/factor-2 runs/factor-4 --out compared
+      raygrow report runs/growth_timing-tiny-gstack      a search: the best timing, what it saves, the formula refitted
     """
     from raygrow.report.html import write_report
     from raygrow.report.text import print_summary
 
-    file = write_report(parsed.runs, parsed.out or parsed.runs[0])
-    print_summary(parsed.runs)
+    out = parsed.out or parsed.runs[0]
+    file = write_report(parsed.runs, out)
+    print_summary(parsed.runs, out=out)
     print(file)
     return 0
 
