@@ -5,8 +5,7 @@ their losses can be held against each other. A search has one contest, or one fo
 """
 
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,25 +16,13 @@ import numpy as np
 from raygrow.growth.timing import TimingFit, TimingPoint, fit_timing
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import block_parameters, training_flops_per_token
-from raygrow.report.compare import Comparison, Crossing, Curve, compare, crossing
+from raygrow.report.estimate import Estimate, estimate
 from raygrow.report.runs import Run, load_run, read_yaml
 
 RESULTS_FILE = "results.json"
 SEARCH_FILE = "search.yaml"
 SAME_BUDGET = 0.05
 """Budgets this close are one: phases end on whole steps, and a control spends what the grown run's phases add up to."""
-
-STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t for a two-sided 95 % interval, by degrees of freedom from 1; the last one is used beyond, a bit wide."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its 95 % interval, `mean - half` to `mean + half`; no interval from one seed."""
-
-    mean: float
-    half: float | None
-    seeds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,57 +200,6 @@ def load_search(folders: Sequence[Path]) -> Search:
     return Search(folders, trials, _contests(trials))
 
 
-def estimate(values: Iterable[float]) -> Estimate | None:
-    """Mean and 95 % t-interval; None of no values, no interval of one."""
-    found = np.array(list(values), dtype=float)
-    if not len(found):
-        return None
-    freedom = len(found) - 1
-    if not freedom:
-        return Estimate(float(found[0]), None, 1)
-    t = STUDENT_95[min(freedom, len(STUDENT_95)) - 1]
-    return Estimate(float(found.mean()), t * float(found.std(ddof=1)) / math.sqrt(len(found)), len(found))
-
-
-def comparisons(setting: Setting, control: Setting) -> list[Comparison]:
-    """The setting against the control, seed by seed."""
-    pairs = [(trial.run, control.finished.get(seed)) for seed, trial in setting.finished.items()]
-    found = (compare(run, other.run) for run, other in pairs if run and other and other.run)
-    return [comparison for comparison in found if comparison is not None]
-
-
-def gain(setting: Setting, control: Setting) -> Estimate | None:
-    """Nats by which the setting ends below the control, over the seeds that both have."""
-    pairs = ((trial.val_loss, control.finished.get(seed)) for seed, trial in setting.finished.items())
-    return estimate(
-        other.val_loss - loss for loss, other in pairs if other and other.val_loss is not None and loss is not None
-    )
-
-
-def speedup(setting: Setting, control: Setting, *, of: Callable[[Comparison], Crossing]) -> Estimate | None:
-    """Speedup at equal loss over the seeds where both runs reached the loss that `of` a comparison takes."""
-    found = (of(comparison).speedup for comparison in comparisons(setting, control))
-    return estimate(value for value in found if value is not None)
-
-
-def decayed_speedup(contests: Sequence[Contest]) -> Estimate | None:
-    """Speedup between runs that are each at the end of their own budget, learning rate decayed.
-
-    Takes the best setting and the control of every budget; needs two budgets. Straight lines between budgets lie above
-    a loss curve's bend, which makes the speedup rather smaller than larger.
-    """
-    both = [(c.best, c.control) for c in contests]
-    found = [(best, control) for best, control in both if best and control]
-    if len(found) < 2:
-        return None
-    seeds = set.intersection(*(set(setting.finished) for pair in found for setting in pair))
-    speedups = []
-    for seed in sorted(seeds, key=str):
-        grown, scratch = (_ends([pair[arm].finished[seed] for pair in found]) for arm in (0, 1))
-        speedups.append(crossing(grown, scratch, max(grown.lowest, scratch.lowest)).speedup)
-    return estimate(value for value in speedups if value is not None)
-
-
 def timing_point(contest: Contest) -> TimingPoint | None:
     """The best timing of a contest, in the units of the formula."""
     best = contest.best
@@ -366,8 +302,3 @@ def _base(run: Run) -> tuple[float, float] | None:
     grows = [name for name, phase in phases.items() if phase and phase.get("growth")]
     index = next((i for i, line in enumerate(run.history) if grows and line["phase"] == grows[0]), 0)
     return (run.history[index - 1]["flops"], run.history[index - 1]["tokens"]) if index else None
-
-
-def _ends(trials: Sequence[Trial]) -> Curve:
-    """Final loss against budget."""
-    return Curve(np.array([t.flops for t in trials]), np.array([t.val_loss for t in trials], dtype=float))

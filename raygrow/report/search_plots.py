@@ -10,9 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from raygrow.report import units
+from raygrow.report.estimate import Estimate
 from raygrow.report.plots import GROWN, INK, SCRATCH, Drawing, draw_close_up
 from raygrow.report.runs import Run
-from raygrow.report.search import Contest, Estimate, Search, Setting, speedup
+from raygrow.report.search import Contest, Search, Setting
+from raygrow.report.search_savings import speedup
 
 COLORS = (*GROWN, "#7a8b00", "#8a5a44")
 TIMING = (".share", ".tokens", ".flops", ".steps")

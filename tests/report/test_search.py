@@ -18,9 +18,11 @@ from raygrow.cli import main
 from raygrow.config import RunConfig, build, from_yaml
 from raygrow.growth.timing import PUBLISHED
 from raygrow.report.compare import compare
+from raygrow.report.estimate import estimate
 from raygrow.report.html import write_report
-from raygrow.report.search import Setting, comparisons, decayed_speedup, estimate, gain, load_search, speedup
+from raygrow.report.search import Setting, load_search
 from raygrow.report.search_plots import layout, short_names
+from raygrow.report.search_savings import comparisons, decayed_speedup, gain, speedup
 from raygrow.report.search_summary import summarize_search
 from raygrow.report.text import print_summary
 from tests.report.conftest import write_run
