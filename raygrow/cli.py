@@ -8,11 +8,13 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from raygrow.commands import COMMANDS
@@ -22,6 +24,7 @@ raygrow pre-trains language models by growth: train a small one, grow it, go on 
 
   text      raygrow prepare                                   Python's standard library -> token shards
   train     raygrow train plan=gstack control=true            a grown model, and one from scratch beside it
+  search    raygrow tune space=growth_timing                  when to grow, and by how much, tried out on a cluster
   look      raygrow report runs/tiny-gstack                   loss against FLOPs, growth checks, who won
             raygrow evaluate runs/tiny-gstack --data data/python_source
             raygrow generate runs/tiny-gstack --prompt "def "
@@ -33,7 +36,7 @@ raygrow pre-trains language models by growth: train a small one, grow it, go on 
 `raygrow --version` what is installed.
 """
 
-GROUPS = ("model", "data", "plan", "train")
+GROUPS = ("model", "data", "plan", "train", "space")
 """Folders of raygrow/conf: `plan=gstack` chooses a file there."""
 
 SIGNALLED = 128
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     parser = _parser()
     parsed, rest = parser.parse_known_args(words)
-    composed = words[0] in ("prepare", "train")
+    composed = words[0] in ("prepare", "train", "tune")
     # settings may also follow options, where argparse does not know them for what they are
     if unknown := [word for word in rest if not composed or word.startswith("-")]:
         parser.error(f"{' '.join(unknown)}: not understood, see `raygrow {words[0]} --help`")
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _explained(lambda: parsed.run(parsed))
         settings = [*parsed.settings, *rest]
         options = [word for word in words[1:] if word not in settings]
-        return _explained(lambda: _compose(parsed.run, options, settings))
+        return _explained(lambda: _compose(parsed.run, parsed.config_name, options, settings))
     except KeyboardInterrupt:
         return 130
 
@@ -113,7 +116,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=120)
 
 
-def _compose(command: Callable[[dict[str, Any]], int], options: list[str], settings: list[str]) -> int:
+def _compose(
+    command: Callable[[dict[str, Any]], int], config_name: str, options: list[str], settings: list[str]
+) -> int:
     """Lets Hydra compose the settings, and calls `command` with the tree: once, or for each run of `--multirun`."""
     import hydra
     from hydra.errors import HydraException, OverrideParseException
@@ -133,7 +138,7 @@ def _compose(command: Callable[[dict[str, Any]], int], options: list[str], setti
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_own_words(error)) from error
 
-    @hydra.main(version_base="1.3", config_path="pkg://raygrow.conf", config_name="train")
+    @hydra.main(version_base="1.3", config_path="pkg://raygrow.conf", config_name=config_name)
     def job(composed: DictConfig) -> None:
         def run() -> int:
             with plain_errors():
@@ -149,9 +154,24 @@ def _compose(command: Callable[[dict[str, Any]], int], options: list[str], setti
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise what is wrong instead of printing it and leaving
     with plain_errors(), tempfile.TemporaryDirectory() as aside:
         # Hydra notes down what --multirun was told, which each run's run.yaml says too
-        sys.argv[1:] = [*options, *map(_settable, settings), f"hydra.sweep.dir='{aside}'"]
+        settings = [*_with_space_file(settings, Path(aside)), f"hydra.sweep.dir='{aside}'"]
+        sys.argv[1:] = [*options, *map(_settable, settings)]
         job()
     return max(statuses, default=0)
+
+
+def _with_space_file(settings: list[str], aside: Path) -> list[str]:
+    """The settings with `space=path/to/mine.yaml` as Hydra can find it: a file of a group, in a folder of its own."""
+    found = []
+    for word in settings:
+        file = Path(word.removeprefix("space="))
+        if word.startswith("space=") and file.suffix == ".yaml":
+            (aside / "space").mkdir()
+            shutil.copy(file, aside / "space")
+            found += [f"space={file.stem}", f"hydra.searchpath=['file://{aside}']"]
+        else:
+            found.append(word)
+    return found
 
 
 def _own_words(error: Exception) -> str:

@@ -37,6 +37,7 @@ COMPOSING = (
     _argument("--multirun", "one after the other, where a key has several values", action="store_true"),
 )
 """Options of the commands whose settings are composed from files."""
+TUNING = (_argument("--config-name", "a file of raygrow/conf", metavar="NAME", default="tune"), *COMPOSING[1:])
 
 
 @_command(
@@ -106,6 +107,44 @@ def train(tree: dict[str, Any]) -> int:
     from raygrow.runtime.train import train
 
     return train(run)
+
+
+@_command(
+    _argument("settings", "a group's file (space=growth_factor) or one value (train.seq_len=1024)", **SETTINGS), *TUNING
+)
+def tune(tree: dict[str, Any]) -> int:
+    """Search when to grow, by how much, and how.
+
+    Tries out the values that `space` names, a file of tune_spaces/ or your own, on Ray Tune. All trials of a search
+    have the same final model, data and FLOPs; what trials have in common is trained once. The folder of the search,
+    <storage_path>/<name>, has a report, the table of trials and the best plan. Started again under the same name, it
+    goes on where it stopped.
+
+    Examples:
+      raygrow tune                                                 when to grow the tiny model
+      raygrow tune space=growth_factor plan.tokens=1e8             by how much
+      raygrow tune space=growth_schedule space.samples=40          learning rate, warmup, Adam's state
+      raygrow tune space=my/space.yaml model=decoder/llama/small   your own file
+      raygrow tune space.trial.gpus=0.25                           four trials on every GPU
+      raygrow tune space.asha=null                                 every trial to its end
+      raygrow tune dry_run=true                                    trials, FLOPs, and what sharing saves; trains nothing
+      raygrow tune --config-name tune_quickstart                   a few minutes on two CPU cores
+      ray job submit --working-dir . -- python jobs/tune.py space=growth_timing model=decoder/llama/small
+    """
+    from raygrow.config import build
+    from raygrow.space import SpaceConfig
+    from raygrow.trials import Search, describe
+
+    if "space" not in tree:
+        raise ValueError("space is missing: name a file of tune_spaces/, such as space=growth_timing")
+    space: SpaceConfig = build(SpaceConfig, tree["space"], "space")
+    search = Search({key: value for key, value in tree.items() if key != "space"}, space)
+    if search.run.dry_run:
+        print(describe(search))
+        return 0
+    from raygrow.runtime.tune import run_search
+
+    return run_search(search)
 
 
 @_command(MODEL, TARGET, _argument("settings", "operator=gstack and its settings, format=hf or raygrow", **SETTINGS))

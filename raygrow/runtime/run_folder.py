@@ -53,7 +53,7 @@ class RunFolder(StoredFolder):
             self.write("run.yaml", to_yaml(run))
             return
         before, now = to_tree(from_yaml(text)), to_tree(run)
-        for key, then, value in _differences(before, now):
+        for key, then, value in differences(before, now):
             if key.split(".")[0] not in CAN_CHANGE:
                 raise ValueError(
                     f"{self.uri} holds a run of another configuration: {key} was {then!r} and is now {value!r}. "
@@ -150,11 +150,11 @@ class RunFolder(StoredFolder):
         return lines
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Dotted keys at which two trees differ, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before | now:
-            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+            yield from differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
     elif before != now:
         yield path, before, now
 

@@ -57,7 +57,7 @@ def train(run: RunConfig) -> int:
     """
     console = Console()
     phases = resolve(run.plan, run.model, run.train)
-    _check_data(run, phases)
+    check_data(run, phases)
     connect()
     folders = [RunFolder.of(run.storage_path, run.name)]
     with stop_wish() as wish:
@@ -71,7 +71,7 @@ def train(run: RunConfig) -> int:
     return EXIT_CODES[status]
 
 
-def _check_data(run: RunConfig, phases: tuple[Phase, ...]) -> None:
+def check_data(run: RunConfig, phases: tuple[Phase, ...]) -> None:
     """Prepares the data where that has not been done, reads every shard once, and holds the tokenizer to the models."""
     with progress_bars() as progress:
         manifest = prepare_data(run.data, progress=progress)

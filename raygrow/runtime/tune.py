@@ -1,0 +1,192 @@
+"""The driver of a search: Ray Tune runs its trials, which train in the processes that Tune gives them."""
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.result_grid import ResultGrid
+from rich.console import Console
+
+from raygrow.config import as_yaml, to_tree
+from raygrow.report.html import write_report
+from raygrow.report.text import print_summary
+from raygrow.runtime.choosing import chooser, stopper
+from raygrow.runtime.cluster import connect, has_gpu
+from raygrow.runtime.run_folder import RunFolder, differences
+from raygrow.runtime.train import EXIT_CODES, check_data
+from raygrow.runtime.trial import SearchFolder, train_trial
+from raygrow.runtime.trunks import open_trunks
+from raygrow.runtime.tune_progress import Told
+from raygrow.train.loop import Outcome
+from raygrow.train.shared import segments
+from raygrow.trials import Search
+from raygrow.weights.atomic import replace_file
+
+TUNE_FOLDER = "tune"
+SETTINGS = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "2"}
+"""Read by Tune: trials stay in the driver's folder, there are no curves beside ours, and its state is saved often."""
+CAN_CHANGE = ("run.workers", "run.dry_run", "run.storage_path", "space.trial")
+"""Keys that a search started again may give another value."""
+
+
+def run_search(search: Search) -> int:
+    """Runs a search to its end, or on from where it was stopped; writes its results and the report.
+
+    Args:
+        search: What to try.
+
+    Returns:
+        An exit code from `EXIT_CODES`.
+
+    Raises:
+        ValueError: If a trial could not be trained, or there is no room for one; none has begun then.
+    """
+    console = Console()
+    folder = SearchFolder(Path(RunFolder.of(search.run.storage_path, search.run.name).uri))
+    _check_claim(search, folder)
+    check_data(search.run, tuple(phase for trial in search.corners for phase in trial.phases))
+    connect()
+    resources = _resources(search)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    replace_file(folder.settings, as_yaml(_settings(search)))
+    data = Path(search.run.data.path).resolve()
+    trunks = open_trunks(segments(t.phases, t.run.train, data=data, seed=t.run.seed) for t in search.fixed)
+    trial = partial(train_trial, search=search, folder=folder, data=data, trunks=trunks)
+    with _tune_settings(), _sigterm_as_ctrl_c():
+        grid = _tuner(search, folder, tune.with_resources(trial, resources)).fit()
+    ray.kill(trunks)
+    status = _write_results(search, folder, grid)
+    if status == "stopped":
+        again = f"{search.run.name} was stopped. The same command goes on from what is there: {folder.path}"
+        console.print(again, highlight=False, soft_wrap=True)
+        return EXIT_CODES[status]
+    print_summary([folder.path], console, out=folder.path)
+    console.print(f"report: {write_report([folder.path], folder.path)}", highlight=False, soft_wrap=True)
+    return EXIT_CODES[status]
+
+
+def _settings(search: Search) -> dict[str, Any]:
+    return {"run": to_tree(search.run), "space": to_tree(search.space)}
+
+
+def _check_claim(search: Search, folder: SearchFolder) -> None:
+    """Makes sure that the folder is this search's, or nobody's."""
+    if not folder.settings.exists():
+        if folder.path.exists():
+            raise ValueError(f"{folder.path} holds something other than a search: choose another `name`")
+        return
+    before = yaml.safe_load(folder.settings.read_text())
+    for key, then, value in differences(before, json.loads(json.dumps(_settings(search)))):
+        if not key.startswith(CAN_CHANGE):
+            raise ValueError(
+                f"{folder.path} holds another search: {key} was {then!r} and is now {value!r}. Choose another `name`, "
+                "or remove that folder to start over"
+            )
+
+
+def _resources(search: Search) -> dict[str, float]:
+    """What Tune reserves for each trial; some node must have it."""
+    trial = search.space.trial
+    gpus = float(has_gpu()) if trial.gpus == "auto" else trial.gpus
+    wanted = {"CPU": trial.cpus} | ({"GPU": gpus} if gpus else {})
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(what, 0) >= amount for what, amount in wanted.items()) for node in nodes):
+        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+        raise ValueError(
+            f"space.trial: a trial asks for {trial.cpus:g} CPU and {gpus:g} GPU, which no node has ({have}): lower "
+            "space.trial.cpus or space.trial.gpus"
+        )
+    return wanted
+
+
+def _tuner(search: Search, folder: SearchFolder, trial: Any) -> tune.Tuner:
+    """A new Tune experiment, or the one that is there."""
+    path = str(folder.path / TUNE_FOLDER)
+    if tune.Tuner.can_restore(path) and list(Path(path).glob("experiment_state-*.json")):
+        return tune.Tuner.restore(path, trial, resume_unfinished=True, resume_errored=True)
+    return tune.Tuner(
+        trial,
+        tune_config=tune.TuneConfig(
+            search_alg=chooser(search),
+            scheduler=stopper(search, folder),
+            num_samples=len(search.fixed) + search.samples,
+            max_concurrent_trials=search.space.trial.concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER,
+            storage_path=str(folder.path),
+            failure_config=tune.FailureConfig(max_failures=search.space.trial.max_failures),
+            callbacks=[Told(search)],
+            verbose=0,
+        ),
+    )
+
+
+def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> str:
+    """Writes results.json; returns how the search has ended."""
+    tried = grid._experiment_analysis.trials or []
+    rows: dict[str, dict[str, Any]] = {}
+    for tune_trial in tried:
+        trial = search.trial_of(tune_trial.config)
+        run = folder.run(trial.name)
+        if tune_trial.status == TuneTrial.ERROR:
+            run.write_summary(trial.phases, Outcome("failed", _cause(tune_trial)))
+        summary = json.loads(run.read("summary.json") or "{}")
+        rows[trial.name] = {
+            "name": trial.name,
+            "values": trial.values,
+            "status": summary.get("status", "stopped"),
+            **{key: summary.get(key) for key in ("val_loss", "flops", "tokens", "seconds")},
+            "control": trial.control,
+            "formula": trial.formula,
+            "folder": f"trials/{trial.name}",
+        }
+    replace_file(folder.path / "results.json", json.dumps(list(rows.values()), indent=2))
+    if len(tried) < len(search.fixed) + search.samples or not all(trial.is_finished() for trial in tried):
+        return "stopped"
+    return "finished" if any(row["status"] == "finished" for row in rows.values()) else "failed"
+
+
+def _cause(trial: TuneTrial) -> str:
+    """The last line of what a trial has failed with."""
+    lines = str(trial.get_error()).strip().splitlines()
+    return lines[-1].strip() if lines else "its process was lost"
+
+
+@contextmanager
+def _tune_settings() -> Iterator[None]:
+    """Sets what Tune reads from the environment, where nobody else has."""
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    added = {key: value for key, value in SETTINGS.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Has SIGTERM do what Ctrl-C does: Tune saves its state and ends."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt), signal.SIGINT: signal.getsignal(signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():  # Tune leaves its own behind
+            signal.signal(number, handler)
