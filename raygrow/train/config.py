@@ -114,6 +114,11 @@ class PhaseConfig:
             name = getattr(self, key)
             if name is not None and not (name and "/" not in name and not name.startswith(".")):
                 raise ValueError(f"{key}={name!r}: must be the plain name of a folder, without a slash or leading dot")
+        if self.optimizer_state == "asymmetric" and (self.growth is None or self.init):
+            raise ValueError(
+                "optimizer_state=asymmetric: says which copies keep their state when a model in training is grown, so the "
+                "phase needs a growth and no `init` folder, which holds no state"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

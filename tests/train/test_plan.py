@@ -134,6 +134,12 @@ def test_a_saved_model_has_a_plain_name(name: str) -> None:
         PhaseConfig(save_end=name)
 
 
+@pytest.mark.parametrize("phase", [{}, {"growth": Gstack(factor=2), "init": "folder"}])
+def test_copies_are_told_apart_only_where_a_model_in_training_is_grown(phase: dict) -> None:
+    with pytest.raises(ValueError, match="optimizer_state=asymmetric"):
+        PhaseConfig(steps=1, optimizer_state="asymmetric", **phase)
+
+
 def test_a_dry_run_of_every_operator() -> None:
     target = replace(TARGET, d_ff=256, blocks_per_stack=5, n_experts=8, top_k=2)
     stages = {
