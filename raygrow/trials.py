@@ -205,7 +205,7 @@ def describe(search: Search) -> str:
     saved = f"{1 - shared / alone:.0%}" if alone else "0%"
     lines += [
         "",
-        f"each alone {alone:.4g} FLOPs, with shared work {shared:.4g}: {saved} saved before any is stopped early",
+        f"each alone {alone:.4g} FLOPs, with shared work {shared:.4g}: saves {saved}, and stopping early more",
     ]
     return "\n".join(lines)
 
