@@ -154,24 +154,21 @@ def _compose(
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise what is wrong instead of printing it and leaving
     with plain_errors(), tempfile.TemporaryDirectory() as aside:
         # Hydra notes down what --multirun was told, which each run's run.yaml says too
-        settings = [*_with_space_file(settings, Path(aside)), f"hydra.sweep.dir='{aside}'"]
-        sys.argv[1:] = [*options, *map(_settable, settings)]
+        settings = [_with_space_file(word, Path(aside)) for word in settings]
+        searched = [f"hydra.searchpath=['file://{aside}']"] if (Path(aside) / "space").exists() else []
+        sys.argv[1:] = [*options, *map(_settable, settings), f"hydra.sweep.dir='{aside}'", *searched]
         job()
     return max(statuses, default=0)
 
 
-def _with_space_file(settings: list[str], aside: Path) -> list[str]:
-    """The settings with `space=path/to/mine.yaml` as Hydra can find it: a file of a group, in a folder of its own."""
-    found = []
-    for word in settings:
-        file = Path(word.removeprefix("space="))
-        if word.startswith("space=") and file.suffix == ".yaml":
-            (aside / "space").mkdir()
-            shutil.copy(file, aside / "space")
-            found += [f"space={file.stem}", f"hydra.searchpath=['file://{aside}']"]
-        else:
-            found.append(word)
-    return found
+def _with_space_file(word: str, aside: Path) -> str:
+    """`space=path/to/mine.yaml` as Hydra can find it: a file of a group, in a folder that it searches."""
+    file = Path(word.removeprefix("space="))
+    if not word.startswith("space=") or file.suffix != ".yaml":
+        return word
+    (aside / "space").mkdir(exist_ok=True)
+    shutil.copy(file, aside / "space")
+    return f"space={file.stem}"
 
 
 def _own_words(error: Exception) -> str:
