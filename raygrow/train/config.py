@@ -116,8 +116,8 @@ class PhaseConfig:
                 raise ValueError(f"{key}={name!r}: must be the plain name of a folder, without a slash or leading dot")
         if self.optimizer_state == "asymmetric" and (self.growth is None or self.init):
             raise ValueError(
-                "optimizer_state=asymmetric: says which copies keep their state when a model in training is grown, so the "
-                "phase needs a growth and no `init` folder, which holds no state"
+                "optimizer_state=asymmetric: says which copies keep their state when a model in training is grown, so "
+                "the phase needs a growth and no `init` folder, which holds no state"
             )
 
 
