@@ -141,7 +141,7 @@ def _doubts(contest: Contest, best: Setting) -> list[str]:
     said = []
     if loss.half is None:
         said.append(
-            "Each figure is from ONE SEED, which says nothing about noise: add seed: {grid: [0, 1, 2]} to the space "
+            "The best setting has ONE SEED, which says nothing about noise: add seed: {grid: [0, 1, 2]} to the space "
             "for intervals."
         )
     near = [setting for setting in contest.grown if setting is not best and not _clearly_better(best, setting)]
