@@ -18,6 +18,7 @@ from raygrow.train.session import Record
 from raygrow.train.shared import Segment, growths_of, history_of, segments, train_segment
 from raygrow.trials import Search, Trial
 
+EARLY = Outcome("stopped", "stopped early")
 REPORTED = ("phase", "step", "tokens", "flops", "val_loss")
 
 
@@ -74,7 +75,7 @@ class _Trial:
     def train(self) -> None:
         """Trains what is left; whatever ends it, the trial's folder says how far it came."""
         self.run_folder.claim(self.trial.run)
-        outcome = Outcome("stopped", "stopped early")
+        outcome = EARLY
         try:
             outcome = self._train_segments()
         except ValueError as error:  # would only be met again
@@ -121,6 +122,8 @@ class _Trial:
         last = self.trial.phases[-1]
         ends = line["phase"] == last.name and line["step"] == last.steps
         if "val_loss" in line:
+            # before, since the process of a stopped trial may be ended at once
+            self._write(EARLY)
             tune.report({key: line[key] for key in REPORTED} | {"ends": ends})
 
     def _write(self, outcome: Outcome) -> None:

@@ -50,8 +50,10 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def left_behind() -> list[Any]:
     """Trials' actors and reservations that are still there."""
-    actors = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if actor.class_name in CLASSES]
-    groups = [group for group in list_placement_groups() if group.state in ("CREATED", "PENDING")]
+    address = ray.get_runtime_context().gcs_address
+    alive = list_actors(address, filters=[("state", "=", "ALIVE")])
+    actors = [actor for actor in alive if actor.class_name in CLASSES]
+    groups = [group for group in list_placement_groups(address) if group.state in ("CREATED", "PENDING")]
     return [*actors, *groups]
 
 
