@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from raygrow.growth.timing import TimingFit, TimingPoint, fit_timing
+from raygrow.growth.timing_fit import TimingFit, TimingPoint, fit_timing
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import block_parameters, training_flops_per_token
 from raygrow.report.estimate import Estimate, estimate

@@ -2,7 +2,8 @@
 
 import math
 
-from raygrow.growth.timing import PUBLISHED, TimingFit, formula
+from raygrow.growth.timing import PUBLISHED, formula
+from raygrow.growth.timing_fit import TimingFit
 from raygrow.report import units
 from raygrow.report.estimate import interval, percents
 from raygrow.report.search import Contest, Search, Setting, timing_point

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from raygrow.growth.timing import PUBLISHED, TimingPoint, describe, fit_timing, growth_timing
+from raygrow.growth.timing import PUBLISHED, describe, growth_timing
+from raygrow.growth.timing_fit import TimingPoint, fit_timing
 
 
 @pytest.mark.parametrize(
