@@ -7,6 +7,7 @@ serves full tensors, tensors read lazily from a file, shards' full sources, meta
 `weights/moments.py`, Adam's moments.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -128,9 +129,10 @@ def take(sources: Mapping[str, Tensor], name: str, index: int) -> Tensor:
 class Sliceable(Mapping[str, Tensor]):
     """A mapping that can make one slice along a tensor's first axis without the others."""
 
+    @abstractmethod
     def take(self, name: str, index: int) -> Tensor:
         """The slice."""
-        raise NotImplementedError
+        ...
 
 
 def _get(sources: Mapping[str, Tensor], name: str) -> Tensor:
