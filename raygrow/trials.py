@@ -18,6 +18,7 @@ from raygrow.growth.gstack import Gstack
 from raygrow.growth.timing import growth_timing
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import block_parameters
+from raygrow.report.units import short_names
 from raygrow.space import LISTS, SpaceConfig
 from raygrow.train.plan import Phase, resolve, scratch_plan
 from raygrow.train.shared import segments, total_flops
@@ -68,7 +69,7 @@ class Search:
     def __init__(self, tree: Mapping[str, Any], space: SpaceConfig) -> None:
         self.tree, self.space = dict(tree), space
         self.run: RunConfig = build(RunConfig, self.tree)
-        self._short = _short_names(list(space.space))
+        self._short = short_names(list(space.space))
         _check_run(self.run)
         self._check_keys()
         self.fixed = self._fixed()
@@ -261,22 +262,6 @@ def _with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
                 raise ValueError(f"{'.'.join(parents[:done])}={node!r}: has no keys below it, so no {key}")
         node[last] = value
     return changed
-
-
-def _short_names(keys: list[str]) -> dict[str, str]:
-    """Dotted key -> as few of its last words as tell it apart from the others."""
-
-    def ends(key: str, count: int) -> str:
-        return ".".join(key.split(".")[-count:])
-
-    short = {}
-    for key in keys:
-        others = [other for other in keys if other != key]
-        counts = range(1, len(key.split(".")) + 1)
-        short[key] = next(
-            (ends(key, n) for n in counts if all(ends(key, n) != ends(other, n) for other in others)), key
-        )
-    return short
 
 
 def _block_parameters(model: ModelConfig) -> int:

@@ -111,7 +111,7 @@ def layout(contest: Contest) -> Layout:
         line = _line(settings, [key for key in varying if key not in timing])
         return Layout("share of the FLOPs before growth", contest.share, line, is_share=True)
     key, rest = varying[0], varying[1:]
-    label = short_names(_keys(settings))[key]
+    label = units.short_names(_keys(settings))[key]
     values = [setting.values.get(key) for setting in settings]
     if all(isinstance(value, int | float) for value in values):
         return Layout(label, lambda s: s.values.get(key), _line(settings, rest), is_share=False)
@@ -119,16 +119,6 @@ def layout(contest: Contest) -> Layout:
     return Layout(
         label, lambda s: float(names.index(str(s.values.get(key)))), _line(settings, rest), is_share=False, names=names
     )
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Every dotted key by as few of its last words as tell it from the others."""
-    names = {}
-    for key in keys:
-        words = key.split(".")
-        ends = (".".join(words[-n:]) for n in range(1, len(words) + 1))
-        names[key] = next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) <= 1)
-    return names
 
 
 def shown(value: Any) -> str:
@@ -142,7 +132,7 @@ def _keys(settings: Sequence[Setting]) -> list[str]:
 
 def _line(settings: Sequence[Setting], keys: Sequence[str]) -> Callable[[Setting], str]:
     """Names the line that a setting is a point of; empty for all where there would be too many lines to tell apart."""
-    names = short_names(_keys(settings))
+    names = units.short_names(_keys(settings))
 
     def line(setting: Setting) -> str:
         return ", ".join(f"{names[key]} {shown(setting.values.get(key, units.DASH))}" for key in keys)

@@ -9,7 +9,7 @@ from raygrow.report.best_plan import BEST
 from raygrow.report.compare import TIE
 from raygrow.report.estimate import interval, percents
 from raygrow.report.search import Contest, Search, Setting
-from raygrow.report.search_plots import TIMING, short_names, shown
+from raygrow.report.search_plots import TIMING, shown
 from raygrow.report.search_savings import decayed_speedup, gain, speedup
 from raygrow.report.search_tables import BUDGETS, contest_table, many, refit_tables, trials_table, unfinished
 from raygrow.report.summary import Summary, settings_table
@@ -60,7 +60,7 @@ def best_name(search: Search) -> str:
 
 def describe(setting: Setting, contest: Contest) -> str:
     """A setting in words."""
-    names = short_names(list(setting.values))
+    names = units.short_names(list(setting.values))
     values = [f"{names[key]} {shown(value)}" for key, value in setting.values.items() if key not in BUDGETS]
     share = contest.share(setting)
     if share is not None and not any(key.endswith(TIMING) for key in setting.values):

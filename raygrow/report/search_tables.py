@@ -7,7 +7,7 @@ from raygrow.growth.timing_fit import TimingFit
 from raygrow.report import units
 from raygrow.report.estimate import interval, percents
 from raygrow.report.search import Contest, Search, Setting, timing_point
-from raygrow.report.search_plots import short_names, shown
+from raygrow.report.search_plots import shown
 from raygrow.report.search_savings import gain, speedup
 from raygrow.report.summary import Table, without_empty_columns
 
@@ -23,7 +23,7 @@ def contest_table(contest: Contest, *, several: bool = False) -> Table:
     scratch = [s for s in contest.settings if s.is_control]
     open_ones = [s for s in contest.settings if not s.is_control and s not in finished]
     keys = list(dict.fromkeys(key for s in contest.settings for key in s.values if key not in BUDGETS))
-    names = short_names(keys)
+    names = units.short_names(keys)
     rows = []
     for place, setting in enumerate([*finished, *scratch, *open_ones], 1):
         ahead = gain(setting, control) if control and not setting.is_control else None
@@ -113,7 +113,7 @@ def honest(fit: TimingFit, search: Search) -> list[str]:
 def trials_table(search: Search) -> Table:
     """Every trial as it ended."""
     keys = list(dict.fromkeys(key for trial in search.trials for key in trial.values))
-    names = short_names(keys)
+    names = units.short_names(keys)
     rows = [
         [
             trial.name,

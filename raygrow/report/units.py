@@ -1,4 +1,6 @@
-"""Numbers as people read them. A value that is not there is a dash."""
+"""Numbers and keys as people read them. A value that is not there is a dash."""
+
+from collections.abc import Sequence
 
 DASH = "-"
 
@@ -47,3 +49,13 @@ def percent(value: float | None, *, signed: bool = False) -> str:
 def memory(value: float | None) -> str:
     """Bytes of memory: `18.4 GiB`."""
     return DASH if value is None else f"{value / 2**30:.3g} GiB"
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Every dotted key by as few of its last words as tell it from the others."""
+    names = {}
+    for key in keys:
+        words = key.split(".")
+        ends = (".".join(words[-n:]) for n in range(1, len(words) + 1))
+        names[key] = next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) <= 1)
+    return names

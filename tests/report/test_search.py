@@ -21,10 +21,11 @@ from raygrow.report.compare import compare
 from raygrow.report.estimate import estimate
 from raygrow.report.html import write_report
 from raygrow.report.search import Setting, load_search
-from raygrow.report.search_plots import layout, short_names
+from raygrow.report.search_plots import layout
 from raygrow.report.search_savings import comparisons, decayed_speedup, gain, speedup
 from raygrow.report.search_summary import summarize_search
 from raygrow.report.text import print_summary
+from raygrow.report.units import short_names
 from tests.report.conftest import write_run
 from tests.report.searches import BEST_SHARE, FACTOR, SHARE, grid, write_search, write_trial
 
