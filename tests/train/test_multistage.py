@@ -17,6 +17,7 @@ from tests.distributed import run_distributed
 SMALL = (
     *("++model.vocab_size=512", "++model.d_model=64", "++model.n_heads=4", "++model.head_dim=16", "++model.d_ff=128"),
     *("++model.blocks_per_stack=6", "++model.max_seq_len=64", "++train.seq_len=64", "++train.report_every=5"),
+    "++train.load_balancing=0.1",
     *(f"++plan.phases.{phase}.lr=2e-3" for phase in ("dense", "moe", "medium_moe", "large_moe")),
     *(f"++plan.phases.{phase}.steps={steps}" for phase, steps in (("dense", 40), ("moe", 100))),
     *(f"++plan.phases.{phase}.steps=20" for phase in ("medium_moe", "large_moe")),
@@ -96,7 +97,9 @@ def test_the_validation_loss_falls_in_every_phase(folder: Path) -> None:
 def test_copies_part_and_every_expert_is_used(folder: Path) -> None:
     experts, heads = evaluations(folder, "moe")[-1], evaluations(folder, "medium_moe")[-1]
     assert experts["expert_divergence"] > 1e-2
-    assert experts["expert_load_min"] > 0
+    # of a few hundred tokens one expert may get none now and then, and which differs between processors
+    second_half = evaluations(folder, "moe")[-10:]
+    assert sum(line["expert_load_min"] for line in second_half) / len(second_half) > 0.1
     assert heads["step"] == 20
     assert heads["head_divergence"] > 1e-3
     assert "expert_divergence" not in heads
