@@ -126,7 +126,8 @@ def build(hint: Any, tree: Any, path: str = "") -> Any:
         _require_mapping(tree, path)
         return {str(key): build(arguments[1], value, _join(path, key)) for key, value in tree.items()}
     try:
-        return _adapter(hint).validate_python(tree)
+        # true is no number, though Python counts with it
+        return _adapter(hint).validate_python(tree, strict=True if isinstance(tree, bool) else None)
     except ValidationError as error:
         reasons = dict.fromkeys(detail["msg"] for detail in error.errors())
         raise ValueError(f"{path}={tree!r}: {', or: '.join(reasons)}") from None

@@ -142,6 +142,8 @@ def test_a_union_and_numbers_as_text() -> None:
         ({"source": {"kind": "web", "ur": 1}}, r"^source.ur: there is no such key. Did you mean source.url\?"),
         ({"source": "web"}, r"^source='web': must be a mapping"),
         ({"share": "much"}, r"^share='much': .*number"),
+        ({"share": True}, r"^share=True: .*number"),
+        ({"source": {"kind": "web", "url": "u", "depth": True}}, r"^source.depth=True: .*integer"),
         ({"share": 2}, r"^share=2.0: must be at most 1$"),
         (None, r"^the configuration=None: must be a mapping"),
     ],

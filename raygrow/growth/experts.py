@@ -6,8 +6,10 @@ scaled weights make up for on average (arXiv 2410.07524). The router is new and 
 token to the same experts.
 """
 
+import logging
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from raygrow.growth.blocks import split_name
@@ -16,6 +18,8 @@ from raygrow.nn.config import ModelConfig
 from raygrow.weights.fills import Fresh, Redraw
 from raygrow.weights.rules import Rule, Stacked, Term, copy_rule
 from raygrow.weights.shapes import parameter_shapes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,8 @@ class Experts:
             raise ValueError(
                 f"n_experts={config.n_experts}: the model has experts already, only a dense one is upcycled"
             )
+        if self.top_k == 1 and self.norm_topk_prob:
+            _warn_of_constant_weights()
         target = replace(
             config,
             n_experts=self.n_experts,
@@ -144,3 +150,11 @@ class Experts:
             key=f"redraw/{name}/{expert}",
             seed=self.seed,
         )
+
+
+@cache
+def _warn_of_constant_weights() -> None:
+    logger.warning(
+        "top_k=1 with norm_topk_prob=true: every token's one expert has the weight 1, so that only the load-balancing "
+        "loss trains the router; norm_topk_prob=false lets the model's own loss train it"
+    )

@@ -15,11 +15,11 @@ from raygrow.config import RunConfig
 from raygrow.data.shards import TOKENIZER_FOLDER
 from raygrow.runtime.run_folder import HISTORY_FILE, RunFolder
 from raygrow.train.checkpoint import CheckpointTensors
+from raygrow.train.config import SAVED_HISTORY
 from raygrow.train.plan import Phase
 from raygrow.train.start import start_tensors
 
 MODELS_FOLDER = "models"
-SAVED_HISTORY = f"{MODELS_FOLDER}/training_history.jsonl"
 
 
 class Saves:
@@ -63,7 +63,7 @@ class Saves:
     def history(self) -> None:
         """Copies the run's history, if its plan saves anything."""
         if any(phase.save_start or phase.save_end for phase in self._run.plan.phases.values()):
-            self._folder.write(SAVED_HISTORY, self._folder.read(HISTORY_FILE) or "")
+            self._folder.write(f"{MODELS_FOLDER}/{SAVED_HISTORY}", self._folder.read(HISTORY_FILE) or "")
 
     @property
     def _tokenizer(self) -> Path:

@@ -9,6 +9,8 @@ from raygrow.growth.operator import GrowthConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SAVED_HISTORY = "training_history.jsonl"
+"""Stands beside the models that a plan saves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,8 @@ class PhaseConfig:
             name = getattr(self, key)
             if name is not None and not (name and "/" not in name and not name.startswith(".")):
                 raise ValueError(f"{key}={name!r}: must be the plain name of a folder, without a slash or leading dot")
+            if name == SAVED_HISTORY:
+                raise ValueError(f"{key}={name}: the run's history has this name, choose another")
         if self.optimizer_state == "asymmetric" and (self.growth is None or self.init):
             raise ValueError(
                 "optimizer_state=asymmetric: says which copies keep their state when a model in training is grown, so "

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -15,7 +15,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill; it takes the name `path` when the block ends well, and is removed when it does not.
 
     Args:
-        path: The final name. Missing parents are made.
+        path: The final name. Missing parents are made, and go again where it comes to nothing.
         replace: Take the place of a folder that is already there.
 
     Raises:
@@ -26,6 +26,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise FileExistsError(f"{path} exists already: remove it or choose another name")
     final = path.resolve()
     aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    missing = [parent for parent in final.parents if not parent.exists()]
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with _errors_name(path, aside):
@@ -40,6 +41,9 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 os.rename(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # one that is not empty stays, and those above it
+            for parent in missing:
+                parent.rmdir()
 
 
 def replace_file(path: Path, content: bytes | str) -> None:

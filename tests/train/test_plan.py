@@ -117,6 +117,12 @@ def test_a_plan_that_cannot_be_carried_out_names_the_phase(phases: dict[str, Pha
         resolve(plan(**phases), TARGET, TRAIN)
 
 
+@pytest.mark.parametrize("name", ["a/b", ".a", "", "training_history.jsonl"])
+def test_a_saved_model_has_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^save_end="):
+        PhaseConfig(save_end=name)
+
+
 def test_a_phase_may_start_from_a_model_folder(tmp_path: Path) -> None:
     small = Gstack(factor=4).shrink(TARGET)
     rack = Rack(small)

@@ -30,3 +30,9 @@ def test_a_path_without_a_name_of_its_own(tmp_path, monkeypatch):
     with new_folder(tmp_path / "here/../there") as aside:
         (aside / "a").touch()
     assert (tmp_path / "there/a").exists()
+
+
+def test_a_folder_that_came_to_nothing_takes_its_new_parents_along(tmp_path):
+    with pytest.raises(ValueError, match="bad"), new_folder(tmp_path / "new/newer/model"):
+        raise ValueError("bad")
+    assert not list(tmp_path.iterdir())
