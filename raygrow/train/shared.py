@@ -90,6 +90,15 @@ def total_flops(trials: Iterable[Sequence[Segment]]) -> float:
     return sum(longest.values())
 
 
+def spent_flops(states: Path) -> float:
+    """FLOPs that were trained in a folder of states, counted at every report: what was done twice counts twice.
+
+    Equals `total_flops` where all trials came to their end and nothing was lost on the way. What a dead process trained
+    after its last report is in neither.
+    """
+    return sum(States(folder).spent for folder in states.iterdir()) if states.is_dir() else 0.0
+
+
 def _fork_step(phase: Phase, report_every: int) -> int:
     """The last whole report interval up to which the learning rate would be the same in a longer phase."""
     # a phase shorter than its warmup climbs faster
@@ -173,7 +182,9 @@ def train_segment(
     session = StatesSession(
         own,
         start=parent if segment.start else None,
+        first_step=segment.start,
         stop=segment.stop,
+        step_flops=segment.phase.step_tokens * segment.phase.flops_per_token,
         kept={*save_at, segment.stop},
         on_record=lambda line: on_record(_as_alone(line, segment)),
         wants_stop=stop_requested,

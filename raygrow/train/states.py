@@ -8,6 +8,7 @@ when the next one is there.
 
 import json
 import logging
+import math
 import os
 import shutil
 import uuid
@@ -24,6 +25,8 @@ HISTORY = "history.jsonl"
 GROWTH = "growth.json"
 KEEP = "KEEP"
 """Marker file of a state that trials fork from."""
+SPENT = "spent.txt"
+"""FLOPs trained between two reports, a line each, whatever became of their states: work done twice counts twice."""
 
 
 class States:
@@ -62,6 +65,17 @@ class States:
         """The segment's lines up to a step whose state is there."""
         return [json.loads(line) for line in (self.of(step) / HISTORY).read_text().splitlines()]
 
+    def count(self, flops: float) -> None:
+        """Notes down FLOPs that have been trained."""
+        with (self.folder / SPENT).open("a") as file:
+            file.write(f"{flops!r}\n")
+
+    @property
+    def spent(self) -> float:
+        """FLOPs that were trained for this key."""
+        file = self.folder / SPENT
+        return math.fsum(map(float, file.read_text().split())) if file.exists() else 0.0
+
     def aside(self, step: int) -> Path:
         """Where to write the state of a step."""
         return self.folder / f".{checkpoint_name(step)}.{uuid.uuid4().hex[:8]}"
@@ -96,7 +110,9 @@ class StatesSession:
     Args:
         states: Of the segment in training.
         start: The state of the same phase that the segment begins with, where it does not begin the phase.
+        first_step: The step of that state, else 0.
         stop: The step to train to.
+        step_flops: FLOPs of one step, to count what is trained.
         kept: Steps whose states are kept.
         on_record: Told every new line of history.
         wants_stop: Whether to save and stop.
@@ -107,7 +123,9 @@ class StatesSession:
         states: States,
         *,
         start: Path | None,
+        first_step: int,
         stop: int,
+        step_flops: float,
         kept: Collection[int],
         on_record: Callable[[Record], None],
         wants_stop: Callable[[], bool],
@@ -117,6 +135,7 @@ class StatesSession:
         states.folder.mkdir(parents=True, exist_ok=True)
         self._from = states.newest(stop)
         self._lines: list[Record] = [] if self._from is None else list(states.history(self._from))
+        self._counted, self._step_flops = first_step if self._from is None else self._from, step_flops
 
     def resume_from(self) -> Path | None:
         """The nearest state, else the one that the segment begins with."""
@@ -135,7 +154,9 @@ class StatesSession:
         self._states.add(folder, step)
 
     def log(self, record: Record) -> None:
-        """Keeps the line for the states to come, and tells it."""
+        """Counts the steps since the last line, keeps the line for the states to come, and tells it."""
+        self._states.count((record["step"] - self._counted) * self._step_flops)
+        self._counted = record["step"]
         self._lines.append(record)
         self._on_record(record)
 

@@ -23,6 +23,7 @@ from raygrow.train.shared import (
     is_trained,
     remove_unkept,
     segments,
+    spent_flops,
     state_of,
     total_flops,
     train_segment,
@@ -145,6 +146,7 @@ def test_flops_are_the_closed_form(trials, searched) -> None:
         steps = (step - 1) % TRAIN.report_every + 1  # a line tells of the steps since the last whole interval
         spent += steps * segment.phase.step_tokens * segment.phase.flops_per_token
     assert total_flops(trials.values()) == pytest.approx(spent)
+    assert spent_flops(searched[0]) == pytest.approx(spent)
     # base up to 9; after growth at 9 all 10, after growth at 6 up to 12 and two tails; scratch up to 14 and two tails
     base, stacked = TRIALS["early"]
     steps_of_base, steps_of_target = 9, 10 + 12 + (14 - 8) + (20 - 12) + 14 + (23 - 14) + (16 - 10)
@@ -190,6 +192,9 @@ def test_a_kill_leaves_states_to_go_on_from(data: Path, tmp_path: Path) -> None:
     for segment in (trunk, tail):
         assert train(segment, tmp_path, data, on_record=logged.append) == Outcome("finished")
     assert logged[0]["step"] in (14, 18)
+    # up to the kill, and once more from the last state on
+    steps = 18 + 40 - (logged[0]["step"] - 2)
+    assert spent_flops(tmp_path) == pytest.approx(steps * phases[0].flops / phases[0].steps)
     assert not partial.exists()
     remove_unkept(tmp_path)
     assert not elsewhere.exists()
