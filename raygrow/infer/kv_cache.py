@@ -1,0 +1,325 @@
+"""Keys and values of all sequences, in contiguous virtual tensors whose memory comes and goes page by page.
+
+Every sequence has a slot: a row of each tensor, long enough for the longest sequence. Only the pages that its tokens
+have reached are real (vAttention, arXiv 2405.04437), so attention reads plain contiguous tensors and memory follows the
+tokens. Here is the policy and the accounting; the pages come from `host_memory` or `device_memory`.
+
+All tensors grow alike: page p of a slot is mapped in all of them or in none. So the accounting counts *strips*, page p
+of one slot in every tensor, and a row's state is a number.
+
+Shapes: S slots and one scratch slot, T tokens, K key-value heads, H head dim.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from raygrow.infer.host_memory import PAGE_BYTES, HostMemory
+from raygrow.nn.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+Layout = Literal["block", "interleaved"]
+"""Where a token's keys of different Blocks lie: each Block in a tensor of its own, or side by side in one tensor.
+
+A page of the first holds many tokens of one Block, which is fast to read; a page of the second few tokens of all
+Blocks, which wastes less memory on the last, half-empty page of a sequence."""
+
+
+class Memory(Protocol):
+    """A reserved range of addresses, of which any whole pages can be made real and given back."""
+
+    flat: Tensor
+    maps_slowly: bool
+
+    @property
+    def spare_bytes(self) -> int: ...
+    def map(self, offset: int, nbytes: int) -> None: ...
+    def unmap(self, offset: int, nbytes: int) -> None: ...
+    def fence(self) -> Any: ...
+    def trim(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class KvUsage(NamedTuple):
+    """What the cache holds. `mapped_bytes` is `used_bytes` + `reclaimable_bytes`, and never above the budget."""
+
+    used_bytes: int
+    """Pages that running sequences have reached, and the scratch slot's."""
+    mapped_bytes: int
+    reclaimable_bytes: int
+    """Pages of ended sequences, and those mapped ahead: taken back when memory is short, or by `reclaim`."""
+    budget_bytes: int
+    maps: int
+    """Pages mapped so far, over all tensors."""
+    unmaps: int
+    spare_bytes: int
+    """Physical memory created ahead and not mapped; within the budget too."""
+
+
+@dataclass(eq=False)
+class _Row:
+    """One slot."""
+
+    index: int
+    busy: bool = False
+    tokens: int = 0
+    """Busy: those promised to its sequence. Ended: those that can still be read."""
+    pages: int = 0
+    """Mapped, from the row's beginning, in every tensor."""
+    ended: int = 0
+    """When its sequence ended, as a running number."""
+    fence: Any = None
+    """Work on the device that may still read what the ended sequence left."""
+
+
+class KvCache:
+    """The cache of a model. One thread uses it; mapping ahead may run in a thread of the cache's own.
+
+    Args:
+        config: The model.
+        slots: Sequences at a time.
+        max_tokens: Of one sequence.
+        dtype: Of keys and values.
+        device: Where they live.
+        budget_bytes: Physical memory that is never exceeded.
+        layout: See `Layout`.
+        page_bytes: Smallest piece of memory; the device's own when not given.
+
+    Raises:
+        ValueError: If the budget has no room for the scratch slot and a sequence's first page.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        slots: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        budget_bytes: int,
+        layout: Layout = "block",
+        page_bytes: int | None = None,
+    ) -> None:
+        self.scratch = slots
+        """A slot for rows without a sequence, such as those that fill up a CUDA graph: its first token can always be
+        written and read."""
+        self.max_tokens = max_tokens
+        interleaved = layout == "interleaved"
+        self._tensors = 2 if interleaved else 2 * config.n_blocks
+        self._token_bytes = config.n_kv_heads * config.head_dim * dtype.itemsize
+        if interleaved:
+            self._token_bytes *= config.n_blocks
+        page = page_bytes or PAGE_BYTES
+        self._row_bytes = -(-max_tokens * self._token_bytes // page) * page
+        self._memory: Memory = HostMemory(self._tensors * (slots + 1) * self._row_bytes, dtype=dtype, page_bytes=page)
+        self._page_bytes = page
+        self._budget_bytes = budget_bytes
+        self._limit = budget_bytes // self._strip_bytes
+        self._mapped = self._maps = self._unmaps = self._clock = 0
+        self._lock = threading.Lock()
+        self._rows = [_Row(index) for index in range(slots + 1)]
+        needed = 2 * self._pages(1)
+        if self._limit < needed:
+            raise ValueError(
+                f"budget_bytes={budget_bytes:,}: the KV cache of this model needs at least "
+                f"{needed * self._strip_bytes:,} ({self._tensors} tensors, pages of {page:,} bytes)"
+            )
+        shape = slots + 1, max_tokens, config.n_kv_heads, config.head_dim
+        self.k, self.v = self._views(config.n_blocks, shape, interleaved)
+        self.ensure(self.scratch, 1)
+        for tensor in (*self.k, *self.v):
+            tensor[self.scratch, :1] = 0
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens of the longest sequence that the budget would hold if it were alone."""
+        return min(self.max_tokens, self._tokens(self._limit - self._pages(1)))
+
+    def ensure(self, slot: int, tokens: int) -> bool:
+        """Makes positions below `tokens` of a slot usable; what the slot holds there stays.
+
+        The slot is busy from then on. A slot that held an ended sequence is taken over: of what it holds, count on the
+        first `tokens` only.
+
+        Returns:
+            False if the budget has no room even after taking back everything reclaimable; then nothing has changed.
+        """
+        if not 0 <= tokens <= self.max_tokens:
+            raise ValueError(f"tokens={tokens}: a slot has positions for 0 to {self.max_tokens}")
+        row, pages = self._rows[slot], self._pages(tokens)
+        # pages promised to a running sequence are never taken, so this needs no lock
+        if row.busy and pages <= self._pages(row.tokens):
+            row.tokens = max(row.tokens, tokens)
+            return True
+        with self._lock:
+            if not self._grow(row, pages, urgent=True):
+                return False
+            row.busy, row.tokens = True, tokens
+        return True
+
+    def release(self, slot: int, keep_tokens: int = 0) -> None:
+        """Ends a slot's sequence. Its pages stay mapped until memory is short or `reclaim` is called.
+
+        Args:
+            slot: A busy slot.
+            keep_tokens: How many of its tokens are worth reading again; `held` tells how many still can be.
+        """
+        row = self._rows[slot]
+        if not row.busy or slot == self.scratch:
+            raise ValueError(f"slot {slot} has no sequence to release")
+        with self._lock:
+            self._clock += 1
+            row.busy, row.tokens, row.ended = False, min(keep_tokens, row.tokens), self._clock
+            row.fence = self._memory.fence()
+
+    def held(self, slot: int) -> int:
+        """Tokens of an ended sequence that can still be read in its slot, from the first on."""
+        row = self._rows[slot]
+        return 0 if row.busy else row.tokens
+
+    def copy(self, source: int, target: int, tokens: int) -> int:
+        """Copies the first tokens of one slot to another, busy one. The source may have been taken back in part.
+
+        Returns:
+            How many tokens were copied.
+        """
+        with self._lock:
+            row = self._rows[source]
+            tokens = min(tokens, row.tokens)
+            size = tokens * self._token_bytes // self._memory.flat.itemsize
+            rows = self._memory.flat.view(self._tensors, len(self._rows), -1)
+            rows[:, target, :size] = rows[:, source, :size]
+            row.fence = self._memory.fence()
+        return tokens
+
+    def capacity(self, slot: int) -> int:
+        """Tokens for which a slot's pages are mapped, in use or not."""
+        return min(self.max_tokens, self._tokens(self._rows[slot].pages))
+
+    def map_ahead(self, slot: int, tokens: int) -> None:
+        """Maps what `ensure(slot, tokens)` will need, at most one page per tensor ahead of what the slot has."""
+        row = self._rows[slot]
+        pages = min(self._pages(min(tokens, self.max_tokens)), self._pages(row.tokens) + 1)
+        if row.busy and pages > row.pages:
+            with self._lock:
+                self._grow(row, pages, urgent=False)
+
+    def reclaim(self) -> int:
+        """Gives back every page that no running sequence has reached. Returns their bytes."""
+        before = self._mapped
+        with self._lock:
+            for row, pages in self._victims(None, urgent=True):
+                self._shrink(row, pages)
+            self._memory.trim()
+        return (before - self._mapped) * self._strip_bytes
+
+    @property
+    def usage(self) -> KvUsage:
+        """Bytes and counts, now."""
+        with self._lock:
+            used = sum(self._pages(row.tokens) for row in self._rows if row.busy)
+            return KvUsage(
+                used_bytes=used * self._strip_bytes,
+                mapped_bytes=self._mapped * self._strip_bytes,
+                reclaimable_bytes=(self._mapped - used) * self._strip_bytes,
+                budget_bytes=self._budget_bytes,
+                maps=self._maps * self._tensors,
+                unmaps=self._unmaps * self._tensors,
+                spare_bytes=self._memory.spare_bytes,
+            )
+
+    def close(self) -> None:
+        """Gives everything back; the tensors must not be touched any more."""
+        with self._lock:
+            self._memory.close()
+
+    @property
+    def _strip_bytes(self) -> int:
+        return self._tensors * self._page_bytes
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens * self._token_bytes // self._page_bytes)
+
+    def _tokens(self, pages: int) -> int:
+        return pages * self._page_bytes // self._token_bytes
+
+    def _views(
+        self, blocks: int, shape: tuple[int, int, int, int], interleaved: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        flat, heads = self._memory.flat, shape[2] * shape[3]
+        row = self._row_bytes // flat.itemsize
+        stride = row, heads * (blocks if interleaved else 1), shape[3], 1
+
+        def view(tensor: int, block: int) -> Tensor:
+            return flat.as_strided(shape, stride, tensor * shape[0] * row + block * heads)
+
+        if interleaved:
+            return [view(0, block) for block in range(blocks)], [view(1, block) for block in range(blocks)]
+        return [view(2 * block, 0) for block in range(blocks)], [view(2 * block + 1, 0) for block in range(blocks)]
+
+    def _grow(self, row: _Row, pages: int, *, urgent: bool) -> bool:
+        """Maps a row's pages up to a number, taking others back if it must."""
+        missing = pages - row.pages
+        if missing <= 0:
+            return True
+        if not self._make_room(missing, row, urgent=urgent):
+            return False
+        for offset in self._offsets(row, row.pages):
+            self._memory.map(offset, missing * self._page_bytes)
+        row.pages = pages
+        self._mapped += missing
+        self._maps += missing
+        return True
+
+    def _make_room(self, strips: int, asker: _Row, *, urgent: bool) -> bool:
+        """Takes back as many strips as the budget lacks, or none if there are not enough."""
+        short = self._mapped + strips - self._limit
+        if short <= 0:
+            return True
+        victims = list(self._victims(asker, urgent=urgent))
+        lowest = dict(victims)  # the last floor of a row is its lowest
+        if sum(max(0, row.pages - pages) for row, pages in lowest.items()) < short:
+            return False
+        for row, pages in victims:
+            short -= self._shrink(row, max(pages, row.pages - short))
+        return True
+
+    def _victims(self, asker: _Row | None, *, urgent: bool) -> Iterator[tuple[_Row, int]]:
+        """Rows that can give pages, and how many each must keep: what is least worth keeping first."""
+        rows = [row for row in self._rows if row is not asker]
+        busy = [row for row in rows if row.busy]
+        ended = sorted((row for row in rows if not row.busy), key=lambda row: row.ended)
+        yield from ((row, self._pages(row.tokens)) for row in ended)  # what nobody will read
+        yield from ((row, self._pages(row.tokens) + 1) for row in busy)  # left over from the slot's sequence before
+        yield from ((row, 0) for row in ended)  # what might be read again: the oldest first, from its end
+        if urgent:
+            yield from ((row, self._pages(row.tokens)) for row in busy)  # mapped ahead
+
+    def _shrink(self, row: _Row, pages: int) -> int:
+        """Unmaps a row's pages from a number on. Returns how many, per tensor."""
+        surplus = row.pages - pages
+        if surplus <= 0:
+            return 0
+        if row.fence is not None:
+            row.fence.synchronize()
+            row.fence = None
+        for offset in self._offsets(row, pages):
+            self._memory.unmap(offset, surplus * self._page_bytes)
+        row.pages = pages
+        if not row.busy:
+            row.tokens = min(row.tokens, self._tokens(pages))
+        self._mapped -= surplus
+        self._unmaps += surplus
+        return surplus
+
+    def _offsets(self, row: _Row, page: int) -> Iterator[int]:
+        """Where a page of a row begins, in every tensor."""
+        for tensor in range(self._tensors):
+            yield (tensor * len(self._rows) + row.index) * self._row_bytes + page * self._page_bytes
