@@ -56,7 +56,7 @@ def start_tensors(phase: Phase, checkpoint: Path | None, seed: int) -> Iterator[
     if phase.source is None:
         shapes = parameter_shapes(phase.model)
         return ((name, initial_value(name, shape, phase.model, seed)) for name, shape in shapes.items())
-    weights = _weights(phase, checkpoint)
+    weights = _weights(phase, checkpoint, torch.device("cpu"))
     return apply_rules(phase.growth.grow(phase.source).rules, weights) if phase.growth else iter(weights.items())
 
 
@@ -80,7 +80,7 @@ def start_from_source(
         validation: Sequences on which the loss is compared before and after growth.
         worker: This worker.
     """
-    weights = _weights(phase, checkpoint)
+    weights = _weights(phase, checkpoint, worker.device)
     parameters = dict(model.named_parameters())
     # a model folder holds no optimizer state
     state_from = None if phase.init or phase.optimizer_state == "drop" else checkpoint
@@ -114,11 +114,11 @@ def start_from_source(
     return Start(verification, _seconds(checkpoint))
 
 
-def _weights(phase: Phase, checkpoint: Path | None) -> Mapping[str, Tensor]:
+def _weights(phase: Phase, checkpoint: Path | None, device: torch.device) -> Mapping[str, Tensor]:
     if phase.init:
-        return _InFp32(open_folder(phase.init).tensors)
+        return _AsTrained(open_folder(phase.init).tensors, device)
     assert checkpoint, "a phase with a source has a phase before it or an init folder"
-    return CheckpointTensors(checkpoint, "model.")
+    return _AsTrained(CheckpointTensors(checkpoint, "model."), device)
 
 
 def _seconds(checkpoint: Path | None) -> float:
@@ -158,7 +158,7 @@ def _take_optimizer_state(
             for name in state["step"]
             if name in table and all(source in steps for source in table[name].sources)
         }
-        for name, full in apply_rules(known, CheckpointTensors(checkpoint, f"{moment}.")):
+        for name, full in apply_rules(known, _AsTrained(CheckpointTensors(checkpoint, f"{moment}."), worker.device)):
             fill(state[moment][name], full)
     for name, rule in known.items():
         fill(state["step"][name], steps[rule.sources[0]])
@@ -199,17 +199,20 @@ def _agreed(check: Check, worker: Worker) -> Check:
     return replace(check, passed=False, detail=f"{failures} other workers found their shards to differ")
 
 
-class _InFp32(Sliceable):
-    """A model folder's tensors as they are trained. Growth with fewer bits would round what is to cancel out."""
+class _AsTrained(Sliceable):
+    """Stored tensors where and as they are trained: growth runs on the worker's device, in fp32.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+    With fewer bits it would round what is to cancel out; on one core a model of a billion parameters takes minutes.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self._tensors, self._device = tensors, device
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].float()
+        return self._tensors[name].to(self._device, torch.float32)
 
     def take(self, name: str, index: int) -> Tensor:
-        return take(self._tensors, name, index).float()
+        return take(self._tensors, name, index).to(self._device, torch.float32)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors  # Mapping's own would read the tensor
