@@ -6,7 +6,7 @@ All of them are built and resolved before any starts, so that whatever is wrong 
 import copy
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +21,17 @@ from raygrow.nn.cost import block_parameters
 from raygrow.report.units import short_names
 from raygrow.space import LISTS, SpaceConfig
 from raygrow.train.plan import Phase, resolve, scratch_plan
-from raygrow.train.shared import segments, total_flops
+from raygrow.train.schedule import decay_start
+from raygrow.train.shared import Segment, segments, spent_flops, total_flops
 
 MOST_CHECKED = 1000
 """Points of a space with ranges that are tried out before the search begins."""
 PUBLISHED_FACTOR = 4
 """Of the formula: how many times deeper than its base the target is."""
 BUDGETS = ("share", "tokens", "flops", "steps")
+"""Of a phase; a plan has `tokens` or `flops`. Either has one, so that a value for one takes the place of another."""
+SAME_BUDGET = 0.05
+"""Trials whose FLOPs differ by no more than this share have one budget: phases end on whole steps."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,30 @@ class Trial:
     def grown_at(self) -> float:
         """FLOPs spent before the last growth; 0 where nothing grows."""
         return max((phase.flops_before for phase in self.phases if phase.growth), default=0.0)
+
+    @property
+    def decays_at(self) -> float:
+        """FLOPs spent before the learning rate of the last phase starts to decay."""
+        last = self.phases[-1]
+        return last.flops_before + decay_start(last.steps, last.schedule) / last.steps * last.flops
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What it is trained in; its data must be prepared."""
+        data = Path(self.run.data.path).resolve()
+        return segments(self.phases, self.run.train, data=data, seed=self.run.seed)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a search costs, in FLOPs."""
+
+    spent: float
+    """Trained in fact, what was done twice counted twice; less than `shared` where trials were stopped early."""
+    shared: float
+    """All trials to their ends, with what they have in common trained once."""
+    alone: float
+    """All trials to their ends, each by itself."""
 
 
 class Search:
@@ -129,7 +157,11 @@ class Search:
         phases = resolve(plan, run.model, run.train)
         own = {key: value for key, value in values.items() if key.rpartition(".")[0] != f"plan.phases.{base.name}"}
         name = self._name("formula", own)
-        own[f"plan.phases.{base.name}.share"] = float(f"{phases[0].flops / total:.4g}")
+        spent = {"share": phases[0].flops / total, "tokens": phases[0].tokens, "flops": phases[0].flops}
+        spent["steps"] = phases[0].steps
+        searched = (name for name in spent if f"plan.phases.{base.name}.{name}" in self.space.space)
+        unit = next(searched, "share")
+        own[f"plan.phases.{base.name}.{unit}"] = float(f"{spent[unit]:.4g}")
         return Trial(name, own, replace(run, name=name, plan=plan), phases, formula=True)
 
     def _resolved(self, values: Mapping[str, Any]) -> tuple[RunConfig, tuple[Phase, ...]]:
@@ -175,6 +207,11 @@ class Search:
     def _check_keys(self) -> None:
         for key, values in self.space.space.items():
             parts, phases = key.split("."), self.run.plan.phases
+            if parts[:-1] == ["plan"] and not set(values) & {*LISTS}:
+                raise ValueError(
+                    f"space.space.{key}: trials are held against others of the same budget, so list the budgets: "
+                    f"{key}: {{{'grid' if self.space.search == 'grid' else 'choice'}: [...]}}"
+                )
             if _is_of_phases(key) and parts[2] not in phases:
                 raise ValueError(f"space.space.{key}: the plan has no phase {parts[2]!r}, only {', '.join(phases)}")
             for value in _extremes(values):
@@ -188,21 +225,36 @@ class Search:
 
     def _name(self, kind: str, values: Mapping[str, Any]) -> str:
         """A folder's name that says what is special about a trial."""
-        words = [f"{self._short[key]}-{value}".replace("/", "-").replace(" ", "") for key, value in values.items()]
+        words = [f"{self._short[key]}-{_whole(value)}" for key, value in values.items()]
+        words = [word.replace("/", "-").replace(" ", "") for word in words]
         return "_".join([kind, *words] if kind else words)
 
 
+def cost(trials: Sequence[Trial], states: Path) -> Cost:
+    """What trials have cost, and what they would have.
+
+    Args:
+        trials: Those that were run.
+        states: Folder of the states that they share.
+    """
+    shared = total_flops(trial.segments for trial in trials)
+    return Cost(spent=spent_flops(states), shared=shared, alone=sum(trial.flops for trial in trials))
+
+
 def describe(search: Search) -> str:
-    """The trials that are known, what they cost, and what sharing work saves."""
-    run = search.run
+    """The trials that are known, what they cost, what of it no trial before them has trained, and what that saves."""
+    run, trials = search.run, search.fixed
     with tempfile.TemporaryDirectory() as aside:
         (Path(aside) / MANIFEST_FILE).touch()  # data need not be prepared to know what is shared
-        cut = [segments(t.phases, t.run.train, data=Path(aside), seed=t.run.seed) for t in search.fixed]
-    lines = [f"{run.name}: {len(search.fixed)} trials, and {search.samples} that Optuna chooses", ""]
-    for trial in search.fixed:
+        cut = [segments(t.phases, t.run.train, data=Path(aside), seed=t.run.seed) for t in trials]
+    lines = [f"{run.name}: {len(trials)} trials, and {search.samples} that Optuna chooses", ""]
+    width = max((len(trial.name) for trial in trials), default=0)
+    shared = 0.0
+    for count, trial in enumerate(trials, 1):
+        before, shared = shared, total_flops(cut[:count])
         steps = ", ".join(f"{phase.name} {phase.steps} steps" for phase in trial.phases)
-        lines.append(f"  {trial.name:<40} {trial.flops:.3g} FLOPs   {steps}")
-    alone, shared = sum(trial.flops for trial in search.fixed), total_flops(cut)
+        lines.append(f"  {trial.name:<{width}} {trial.flops:.3g} FLOPs, of which {shared - before:.3g} anew   {steps}")
+    alone = sum(trial.flops for trial in trials)
     saved = f"{1 - shared / alone:.0%}" if alone else "0%"
     lines += [
         "",
@@ -261,7 +313,16 @@ def _with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
             if not isinstance(node, dict):
                 raise ValueError(f"{'.'.join(parents[:done])}={node!r}: has no keys below it, so no {key}")
         node[last] = value
+        if parents == ["plan"] or (_is_of_phases(key) and len(parents) == 3):
+            for other in BUDGETS if last in BUDGETS else ():
+                if ".".join((*parents, other)) not in values:
+                    node.pop(other, None)
     return changed
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers without a decimal point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _block_parameters(model: ModelConfig) -> int:

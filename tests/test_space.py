@@ -1,13 +1,16 @@
 """Spaces: the trials that they give, and what is wrong with them, told before any trial starts."""
 
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raygrow.config import build
 from raygrow.space import SpaceConfig
-from raygrow.trials import Search, describe
+from raygrow.train.shared import segments
+from raygrow.trials import Search, Trial, describe
 from tests.composed import composed
 
 SHARE = "plan.phases.base.share"
@@ -26,13 +29,67 @@ def names(space: dict[str, Any]) -> list[str]:
     return [trial.name for trial in search(space).fixed]
 
 
-@pytest.mark.parametrize("name", ["growth_timing", "growth_factor", "growth_schedule", "quickstart"])
+@pytest.mark.parametrize("name", ["growth_timing", "growth_factor", "growth_schedule", "growth_budget", "quickstart"])
 def test_shipped_spaces_can_be_trained(name: str) -> None:
-    tree = composed(f"space={name}", name="tune")
-    space = build(SpaceConfig, tree.pop("space"), "space")
-    found = Search(tree, space)
+    found = shipped(name)
     assert any(trial.control for trial in found.fixed)
-    assert all(abs(trial.flops / found.flops - 1) < 0.02 for trial in found.corners)
+    for trial in found.corners:
+        plan = trial.run.plan
+        assert plan.flops or plan.tokens
+        budget = plan.flops or (plan.tokens or 0) * trial.phases[-1].flops_per_token
+        assert trial.flops == pytest.approx(budget, rel=0.02)
+
+
+def shipped(name: str) -> Search:
+    tree = composed(f"space={name}", name="tune")
+    return Search(tree, build(SpaceConfig, tree.pop("space"), "space"))
+
+
+def test_budgets_share_their_bases_and_their_trunks() -> None:
+    found = shipped("growth_budget")
+    parts: dict[Any, dict[float, tuple[Any, ...]]] = {}
+    for trial in found.fixed:
+        if not trial.formula:
+            values = {key: value for key, value in trial.values.items() if key != "plan.tokens"}
+            parts.setdefault(str(values), {})[trial.values["plan.tokens"]] = segments_of(trial)
+    assert len(parts) == 2 * (3 * 2 + 1)
+    shared = alone = 0.0
+    for budgets in parts.values():
+        assert len(budgets) == 3
+        *before, last = zip(*budgets.values(), strict=True)
+        for segment in before:
+            assert len({part.key for part in segment}) == 1  # bases and trunks
+        assert len({part.key for part in last}) == 3  # decays
+        shared += sum(part.flops for part in last) + sum(max(part.flops for part in same) for same in before)
+        alone += sum(part.flops for cut in budgets.values() for part in cut)
+    assert shared < 0.58 * alone
+    told = describe(found)
+    anew = {
+        name: float(line.split("which ")[1].split()[0])
+        for line in told.splitlines()
+        if "anew" in line
+        for name in [line.split()[0]]
+    }
+    for budget in (14, 20):
+        assert anew[f"plan.tokens-{budget}000000_base.tokens-1000000_factor-4_seed-1"] < 4e14
+
+
+def segments_of(trial: Trial) -> tuple[Any, ...]:
+    """As though its data were prepared."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "manifest.json").touch()
+        return segments(trial.phases, trial.run.train, data=Path(folder), seed=trial.run.seed)
+
+
+def test_a_phase_and_a_plan_have_one_budget() -> None:
+    space = {"plan.flops": {"grid": [1e15]}, "plan.phases.base.tokens": {"grid": [1e6]}}
+    control, trial = search({"space": space}).fixed
+    assert (trial.run.plan.tokens, trial.run.plan.flops) == (None, 1e15)
+    assert (trial.run.plan.phases["base"].tokens, trial.run.plan.phases["base"].share) == (1e6, None)
+    assert trial.flops == pytest.approx(1e15, rel=0.01)
+    assert control.flops == pytest.approx(1e15, rel=0.01)
+    with pytest.raises(ValueError, match="sets share and tokens"):
+        search({"space": {SHARE: {"grid": [0.1]}, "plan.phases.base.tokens": {"grid": [1e6]}}})
 
 
 def test_a_grid_gives_every_combination_and_the_control_first() -> None:
@@ -126,6 +183,12 @@ def test_what_is_wrong_with_a_range_is_named(values: dict[str, Any], told: str) 
     with pytest.raises(ValueError, match="space") as error:
         search({"search": "optuna", "space": {SHARE: values}})
     assert told in str(error.value)
+
+
+def test_budgets_are_listed() -> None:
+    space = {"search": "optuna", "space": {"plan.tokens": {"uniform": [1e6, 2e6]}}}
+    with pytest.raises(ValueError, match=r"space\.plan\.tokens: .* list the budgets: plan\.tokens: \{choice"):
+        search(space)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@
 
 import pickle
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from raygrow.runtime.trial import SearchFolder
 from raygrow.space import LISTS
-from raygrow.trials import Search
+from raygrow.trials import SAME_BUDGET, Search, Trial
 
 DIGITS = 6
 """Of a drawn number: a trial's name gives its values in full."""
@@ -91,56 +92,141 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-class AshaOnFlops(AsyncHyperBandScheduler):
-    """Asynchronous successive halving on the FLOPs spent, from a while after the last growth on.
+@dataclass(frozen=True)
+class Heat:
+    """Where trials of one budget are held against each other."""
 
-    Controls are exempt, and what has come to its end is not stopped.
+    budget: float
+    first_rung: float
+    """FLOPs at which they are compared for the first time: a while after the last growth of any of them."""
+    last_rung: float
+    """And after which they are not any more."""
+
+
+def heats(trials: Iterable[Trial], *, grace: float) -> tuple[Heat, ...]:
+    """One heat for each budget that trials have.
+
+    Where trials decay by different schedules, they are compared until the first one starts: a decayed loss is lower for
+    that alone.
 
     Args:
+        trials: What is tried, or at least the extremes of it.
+        grace: See `AshaConfig`.
+    """
+    groups: list[list[Trial]] = []
+    for trial in sorted(trials, key=lambda trial: trial.flops):
+        if not groups or trial.flops > (1 + SAME_BUDGET) * groups[-1][0].flops:
+            groups.append([])
+        groups[-1].append(trial)
+    found = []
+    for group in groups:
+        budget = group[-1].flops
+        grown = [trial for trial in group if not trial.control]
+        first = min(max(trial.grown_at for trial in group) + grace * budget, budget)
+        schedules = {(last.schedule.kind, last.schedule.decay) for trial in grown for last in trial.phases[-1:]}
+        last = min(trial.decays_at for trial in grown) if len(schedules) > 1 else budget
+        found.append(Heat(budget, first, last))
+    return tuple(found)
+
+
+class AshaOnFlops(FIFOScheduler):
+    """Asynchronous successive halving on the FLOPs spent, from a while after the last growth on.
+
+    A trial is held against those of the same budget and seed alone: at the same FLOPs, a longer budget has yet to decay
+    its learning rate, and another seed sees other data. At a rung counts the loss there, interpolated between the
+    evaluations around it, since phases evaluate at their own steps. Controls are exempt, and what has come to its end
+    is not stopped.
+
+    Args:
+        trial_of: The trial that Tune was told to run.
         scores: Gives the evaluations of a trial, for when a search goes on: who has ended already still counts.
-        controls: Names of the trials that run to their end whatever happens.
-        first_rung: FLOPs at which trials are compared for the first time.
-        budget: FLOPs of the longest trial.
+        heats: Where trials are compared.
         reduction_factor: See `AshaConfig`.
     """
 
     def __init__(
         self,
-        scores: Callable[[dict[str, Any]], Iterable[dict[str, Any]]],
-        controls: set[str],
+        trial_of: Callable[[dict[str, Any]], Trial],
+        scores: Callable[[Trial], Iterable[dict[str, Any]]],
+        heats: tuple[Heat, ...],
         *,
-        first_rung: float,
-        budget: float,
         reduction_factor: float,
     ) -> None:
-        super().__init__(
-            time_attr="flops",
-            metric="val_loss",
-            mode="min",
-            grace_period=first_rung,  # pyright: ignore[reportArgumentType]
-            max_t=budget,  # pyright: ignore[reportArgumentType]
-            reduction_factor=reduction_factor,
-            stop_last_trials=False,
-        )
-        self._scores, self._controls = scores, controls
+        super().__init__()
+        self._trial_of, self._scores, self._heats = trial_of, scores, heats
+        self._reduction_factor = reduction_factor
+        self._brackets: dict[tuple[Heat, int], Bracket] = {}
+        self._running: dict[str, tuple[Bracket, dict[str, Any] | None]] = {}
+        """Bracket and last evaluation of every trial that may be stopped."""
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Takes a trial in."""
-        super().on_trial_add(tune_controller, trial)
+        ours = self._trial_of(trial.config)
+        heat = next((heat for heat in self._heats if abs(ours.flops / heat.budget - 1) <= SAME_BUDGET), None)
+        if heat is None or ours.control:
+            return
+        bracket = self._brackets.setdefault((heat, ours.run.seed), Bracket(heat, self._reduction_factor))
+        self._running[trial.trial_id] = bracket, None
         if trial.is_finished():
-            for score in self._scores(trial.config):
+            for score in self._scores(ours):
                 self.on_trial_result(tune_controller, trial, score)
-            self._trial_info.pop(trial.trial_id)
+            del self._running[trial.trial_id]
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Whether a trial goes on."""
-        if result["ends"] or trial.config.get("name") in self._controls:
+        if result["ends"] or trial.trial_id not in self._running:
             return TrialScheduler.CONTINUE
-        return super().on_trial_result(tune_controller, trial, result)
+        bracket, before = self._running[trial.trial_id]
+        self._running[trial.trial_id] = bracket, result
+        goes_on = bracket.goes_on(trial.trial_id, before, result)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Forgets a trial that has failed."""
+        self._running.pop(trial.trial_id, None)
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
         """Forgets a trial that has ended."""
-        self._trial_info.pop(trial.trial_id, None)
+        self._running.pop(trial.trial_id, None)
+
+    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Forgets a trial that has gone."""
+        self._running.pop(trial.trial_id, None)
+
+
+class Bracket:
+    """The rungs of one heat, and who came to each with what loss.
+
+    Args:
+        heat: Which.
+        reduction_factor: See `AshaConfig`.
+    """
+
+    def __init__(self, heat: Heat, reduction_factor: float) -> None:
+        self._reduction_factor = reduction_factor
+        self._losses: dict[float, dict[str, float]] = {}
+        rung = heat.first_rung
+        while rung < heat.last_rung:
+            self._losses[rung] = {}
+            rung *= reduction_factor
+
+    def goes_on(self, who: str, before: Mapping[str, Any] | None, result: Mapping[str, Any]) -> bool:
+        """Whether a trial is among the best at every rung that it has come to since its evaluation before."""
+        passed = [rung for rung, losses in self._losses.items() if rung <= result["flops"] and who not in losses]
+        return all(self._is_among_best(who, rung, _loss_at(rung, before, result)) for rung in passed)
+
+    def _is_among_best(self, who: str, rung: float, loss: float) -> bool:
+        others = self._losses[rung]
+        others[who] = loss
+        return sum(other < loss for other in others.values()) <= (len(others) - 1) / self._reduction_factor
+
+
+def _loss_at(flops: float, before: Mapping[str, Any] | None, result: Mapping[str, Any]) -> float:
+    """Validation loss between two evaluations; that of the later one where a growth lies between them."""
+    if not before or before["phase"] != result["phase"] or not before["flops"] < flops:
+        return result["val_loss"]
+    share = (flops - before["flops"]) / (result["flops"] - before["flops"])
+    return before["val_loss"] + share * (result["val_loss"] - before["val_loss"])
 
 
 def stopper(search: Search, folder: SearchFolder) -> TrialScheduler:
@@ -148,17 +234,15 @@ def stopper(search: Search, folder: SearchFolder) -> TrialScheduler:
     asha = search.space.asha
     if asha is None:
         return FIFOScheduler()
-    grown_at = max(trial.grown_at for trial in search.corners)
     return AshaOnFlops(
-        partial(_scores, search, folder),
-        {trial.name for trial in search.fixed if trial.control},
-        first_rung=min(grown_at + asha.grace * search.flops, search.flops),
-        budget=search.flops,
+        search.trial_of,
+        partial(_scores, folder),
+        heats(search.corners, grace=asha.grace),
         reduction_factor=asha.reduction_factor,
     )
 
 
-def _scores(search: Search, folder: SearchFolder, point: dict[str, Any]) -> list[dict[str, Any]]:
+def _scores(folder: SearchFolder, trial: Trial) -> list[dict[str, Any]]:
     """The evaluations that a trial's folder tells of."""
-    lines = folder.run(search.trial_of(point).name).read_history()
+    lines = folder.run(trial.name).read_history()
     return [line | {"ends": False} for line in lines if "val_loss" in line]

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from raygrow.runtime.trunks import open_trunks
 from raygrow.runtime.tune_progress import Told
 from raygrow.train.loop import Outcome
 from raygrow.train.shared import segments
-from raygrow.trials import Search
+from raygrow.trials import Search, cost
 from raygrow.weights.atomic import replace_file
 
 TUNE_FOLDER = "tune"
@@ -134,7 +135,7 @@ def _tuner(search: Search, folder: SearchFolder, trial: Any) -> tune.Tuner:
 
 
 def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> str:
-    """Writes results.json; returns how the search has ended."""
+    """Writes results.json and cost.json; returns how the search has ended."""
     tried = grid._experiment_analysis.trials or []
     rows: dict[str, dict[str, Any]] = {}
     for tune_trial in tried:
@@ -153,6 +154,8 @@ def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> st
             "folder": f"trials/{trial.name}",
         }
     replace_file(folder.path / "results.json", json.dumps(list(rows.values()), indent=2))
+    flops = cost([search.trial_of(tune_trial.config) for tune_trial in tried], folder.states)
+    replace_file(folder.path / "cost.json", json.dumps(asdict(flops), indent=2))
     if len(tried) < len(search.fixed) + search.samples or not all(trial.is_finished() for trial in tried):
         return "stopped"
     return "finished" if any(row["status"] == "finished" for row in rows.values()) else "failed"
