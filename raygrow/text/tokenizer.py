@@ -7,6 +7,7 @@ says whether token shards and a model belong together.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -56,6 +57,8 @@ class Tokenizer:
         """Id of the token that ends every document."""
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         """One more than the largest id: the rows that an embedding needs."""
+        self.settings: dict[str, Any] = settings
+        """What `tokenizer_config.json` says."""
         self.sha256 = hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()
         """Identity of the tokenizer: the hash of its `tokenizer.json`."""
 
@@ -63,9 +66,17 @@ class Tokenizer:
         """Pickles the files: the backend by itself would forget what was set on it."""
         return Tokenizer, (self._files,)
 
-    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
-        """Token ids of one text; on request with what the tokenizer puts around it, such as a token that begins it."""
-        return self._backend.encode(text, add_special_tokens=special_tokens).ids
+    def encode(self, text: str, *, special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        """Token ids of one text.
+
+        Args:
+            text: Any text.
+            special_tokens: Add what the tokenizer puts around a text, such as a token that begins it.
+            parse_special: A special token that the text spells out is that token, as in `transformers`; else it is
+                text like any other.
+        """
+        backend = self._parsing if parse_special else self._backend
+        return backend.encode(text, add_special_tokens=special_tokens).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of many texts, on all cores."""
@@ -74,6 +85,32 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of token ids; special tokens are left out."""
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    def token(self, id: int) -> str | None:
+        """A token as the vocabulary spells it; None for an id that is not in it."""
+        return self._backend.id_to_token(id)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Text and id of the tokens that stand for no text, such as the end of text."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special}
+
+    @cached_property
+    def layout(self) -> dict[str, Any]:
+        """What `tokenizer.json` says."""
+        return json.loads(self._files[TOKENIZER_FILE])
+
+    def file(self, name: str) -> str | None:
+        """The text of one of the tokenizer's files, if it has it."""
+        return self._files[name].decode("utf-8") if name in self._files else None
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """A second backend, which knows special tokens when it sees them: the setting is one of the whole backend."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into a folder, which `transformers` can read too."""
