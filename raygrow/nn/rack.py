@@ -53,6 +53,7 @@ class Rack(nn.Module):
         *,
         positions_T: Tensor | None = None,
         attends: Sequence[Attend] | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | Loss:
         """Logits `(B, T, V)`, or with `targets_BT` the summed losses.
 
@@ -61,6 +62,7 @@ class Rack(nn.Module):
             targets_BT: The ids to predict; -100 is left out of the loss.
             positions_T: Position of each token; 0..T-1 when not given.
             attends: One attention function per Block; full attention when not given.
+            rows: Compute the logits of these tokens only, indices into T: the head is a large part of the work.
 
         Returns:
             Logits, or a Loss.
@@ -76,6 +78,8 @@ class Rack(nn.Module):
             x_BTD, found = stack(x_BTD, rope, attends[first : first + len(stack.blocks)])
             balances += found
             first += len(stack.blocks)
+        if rows is not None:
+            x_BTD = x_BTD[:, rows]
         x_BTD = self.norm(x_BTD)
         if self.config.logit_scale != 1:
             x_BTD = x_BTD * self.config.logit_scale

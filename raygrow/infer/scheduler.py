@@ -1,0 +1,103 @@
+"""What each step computes: a token of every running sequence, then as much of the prompts as the budget has room for."""
+
+from collections import deque
+from typing import NamedTuple
+
+from raygrow.infer.sequence import Sequence
+from raygrow.infer.slots import Slots
+
+
+class Chunk(NamedTuple):
+    """Tokens of one sequence that a step computes."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the sequence's next token can be chosen after it."""
+        return self.stop == len(self.sequence.tokens)
+
+    @property
+    def wanted(self) -> range:
+        """Positions whose logits are wanted: the last one's if it completes, all where the prompt is to be scored."""
+        if self.sequence.unscored:
+            return range(self.start, self.stop)
+        return range(self.stop - self.completes, self.stop)
+
+
+class Scheduler:
+    """First come, first served, in one queue.
+
+    A sequence that is let in has memory for all the tokens it comes with. When a running one needs more and there is
+    none, the youngest is *preempted*: it gives back its slot, goes to the front of the queue, and is computed again,
+    with the tokens that it has, once there is room.
+
+    Args:
+        slots: Where sequences run.
+        max_batched_tokens: Tokens of one step.
+    """
+
+    def __init__(self, slots: Slots, max_batched_tokens: int) -> None:
+        self._slots, self._max_batched_tokens = slots, max_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In the order in which they were let in."""
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Lets a sequence wait for its turn."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out that has ended or is no longer wanted; its slot is free at once."""
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._slots.give_back(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, those of a single token first.
+
+        `computed` of their sequences is for the caller to move on.
+        """
+        chunks = self._decodes()
+        room = self._max_batched_tokens - len(chunks)
+        for sequence in self.running:
+            if room and sequence.missing > 1:
+                chunks.append(_chunk(sequence, room))
+                room -= chunks[-1].stop - chunks[-1].start
+        while room and self.waiting and self._slots.take(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            if sequence.cached is None:
+                sequence.cached = sequence.computed
+            chunks.append(_chunk(sequence, room))
+            room -= chunks[-1].stop - chunks[-1].start
+        return sorted(chunks, key=lambda chunk: chunk.stop - chunk.start > 1)
+
+    def _decodes(self) -> list[Chunk]:
+        """One token of every sequence whose prompt has been computed, the oldest first."""
+        chunks = []
+        for sequence in list(self.running):
+            if sequence.slot is not None and sequence.missing == 1 and self._make_room(sequence):
+                chunks.append(_chunk(sequence, 1))
+        return chunks
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Memory for all tokens of a running sequence; False if it was itself the youngest and had to go."""
+        assert sequence.slot is not None
+        while not self._slots.grow(sequence):
+            youngest = self.running.pop()
+            self._slots.give_back(youngest)
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+            if youngest is sequence:
+                return False
+        return True
+
+
+def _chunk(sequence: Sequence, room: int) -> Chunk:
+    return Chunk(sequence, sequence.computed, sequence.computed + min(room, sequence.missing))

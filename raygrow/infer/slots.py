@@ -1,0 +1,118 @@
+"""Slots of the key-value cache: which sequence runs in which, and what those of ended sequences can still give."""
+
+from collections.abc import Sequence as Row
+from dataclasses import dataclass
+
+import torch
+
+from raygrow.infer.kv_cache import KvCache
+from raygrow.infer.sequence import Sequence
+
+MIN_COPIED = 32
+"""Fewer tokens than this are computed again rather than copied: a copy is two small operations for each Block."""
+
+
+@dataclass(frozen=True)
+class _Match:
+    """The tokens that a slot has in common with the beginning of a sequence."""
+
+    length: int = 0
+    slot: int = -1
+
+
+class Slots:
+    """Gives slots to sequences and takes them back.
+
+    Args:
+        cache: The memory behind the slots.
+        count: How many there are.
+        reuse: Whether a sequence may begin with keys and values that another has computed.
+    """
+
+    def __init__(self, cache: KvCache, count: int, *, reuse: bool) -> None:
+        self._cache, self._reuse = cache, reuse
+        self._left: dict[int, list[int]] = {slot: [] for slot in range(count)}
+        """Free slots, those longest without a sequence first, and the tokens whose keys and values were left there."""
+        self._running: dict[int, Sequence] = {}
+
+    @property
+    def free(self) -> int:
+        """Slots without a sequence."""
+        return len(self._left)
+
+    def take(self, sequence: Sequence) -> bool:
+        """Gives a sequence a slot with memory for all its tokens, and what other slots know of its beginning.
+
+        Returns:
+            False, and nothing has changed, if there is no free slot or not enough memory.
+        """
+        if not self._left:
+            return False
+        match = self._best_match(sequence) if self._reuse else _Match()
+        slot = self._choose(match)
+        if not self._cache.ensure(slot, len(sequence.tokens)):
+            return False
+        computed = match.length if slot == match.slot else self._copy(match, slot)
+        del self._left[slot]
+        self._running[slot] = sequence
+        sequence.slot, sequence.computed = slot, computed
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Gets memory for all tokens of a running sequence; False if there is not enough."""
+        assert sequence.slot is not None
+        return self._cache.ensure(sequence.slot, len(sequence.tokens))
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Ends the stay of a sequence; its keys and values stay readable until their memory is needed."""
+        slot = sequence.slot
+        assert slot is not None
+        del self._running[slot]
+        self._left[slot] = sequence.tokens[: sequence.computed] if self._reuse else []
+        self._cache.release(slot, keep_tokens=len(self._left[slot]))
+        sequence.slot, sequence.computed = None, 0
+
+    def _best_match(self, sequence: Sequence) -> _Match:
+        best = _Match()
+        for slot, tokens in self._left.items():
+            readable = min(sequence.reusable, self._cache.held(slot), len(tokens))
+            best = _better(best, slot, sequence.tokens, tokens, readable)
+        for slot, other in self._running.items():
+            readable = min(sequence.reusable, other.computed)
+            better = _better(best, slot, sequence.tokens, other.tokens, readable)
+            best = better if better.length >= MIN_COPIED else best
+        return best
+
+    def _choose(self, match: _Match) -> int:
+        """The slot of the match, if most of what it holds is of use; else one that has least to give."""
+        held = len(self._left.get(match.slot, ()))
+        if match.length and 0 < held <= 2 * match.length:
+            return match.slot
+        others = [slot for slot in self._left if slot != match.slot]
+        # an empty one before one with tokens, then the one that has been free longest
+        return next((slot for slot in others if not self._left[slot]), others[0] if others else match.slot)
+
+    def _copy(self, match: _Match, slot: int) -> int:
+        """Copies what matches into a slot. Returns the number of tokens."""
+        length = match.length
+        if match.slot in self._left:  # memory for this slot may have been taken from that one
+            length = min(length, self._cache.held(match.slot))
+        if length < MIN_COPIED:
+            return 0
+        for store in (*self._cache.k, *self._cache.v):
+            store[slot, :length] = store[match.slot, :length]
+        if self._cache.k[0].is_cuda:
+            torch.cuda.synchronize()  # the memory of an ended sequence may be taken for the next one at once
+        return length
+
+
+def _better(best: _Match, slot: int, wanted: Row[int], tokens: Row[int], readable: int) -> _Match:
+    """The match with a slot, if it is longer than the best so far."""
+    least = best.length + 1
+    if readable < least or wanted[:least] != tokens[:least]:
+        return best
+    longest = readable
+    while least < longest:  # the length of the common beginning, by halving
+        middle = (least + longest + 1) // 2
+        least, longest = (middle, longest) if wanted[:middle] == tokens[:middle] else (least, middle - 1)
+    return _Match(least, slot)
