@@ -54,7 +54,11 @@ class ChatTemplate:
         self._names = {name: token for name, token in names.items() if token is not None}
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation.
 
@@ -66,20 +70,25 @@ class ChatTemplate:
         Raises:
             ValueError: If the template cannot make a prompt of these messages.
         """
-        given = {**variables, **self._names, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        given = {**(variables or {}), **self._names, "messages": messages}
+        given["add_generation_prompt"] = add_generation_prompt
         try:
             return self._template.render(given)
         except Exception as error:  # a template is a program, and fails in its own ways
             raise ValueError(f"the model's chat template refuses these messages: {error}") from error
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The tokens of a conversation. Raises ValueError as `render` does."""
         special = self._tokenizer.special_tokens
         hidden = {token: f"\ue000{index}\ue001" for index, token in enumerate(special)}
         written = [_replace(dict(message), hidden) for message in messages]
-        text = self.render(written, add_generation_prompt=add_generation_prompt, **variables)
+        text = self.render(written, add_generation_prompt=add_generation_prompt, variables=variables)
         if self.source is None:
             # the plain default has no special tokens of its own, so all that it could hold was written by people
             return self._tokenizer.encode(_replace(text, _inverse(hidden)), special_tokens=True)

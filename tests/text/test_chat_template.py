@@ -46,11 +46,12 @@ def folder(plain: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_same_prompt_as_transformers_makes(folder: Path) -> None:
     template, hf = ChatTemplate(load_tokenizer(folder)), AutoTokenizer.from_pretrained(folder)
-    for more in ({}, {"add_generation_prompt": False}, {"tools": [{"name": "\u00fc<&>"}]}):
-        options = {"add_generation_prompt": True, **more}
-        assert template.render(MESSAGES, **options) == hf.apply_chat_template(MESSAGES, tokenize=False, **options)
-        ids = hf.apply_chat_template(MESSAGES, return_dict=True, **options)["input_ids"]
-        assert template.encode(MESSAGES, **options) == ids
+    for begin, more in ((True, {}), (False, {}), (True, {"tools": [{"name": "\u00fc<&>"}]})):
+        text = template.render(MESSAGES, add_generation_prompt=begin, variables=more)
+        assert text == hf.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=begin, **more)
+        ids = template.encode(MESSAGES, add_generation_prompt=begin, variables=more)
+        asked = {"add_generation_prompt": begin, "return_dict": True, **more}
+        assert ids == hf.apply_chat_template(MESSAGES, **asked)["input_ids"]
     assert template.stops == ()
 
 
