@@ -1,6 +1,7 @@
 """One trial of a search, in the process that Ray Tune has given it."""
 
 import math
+import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from ray import tune
 from ray.actor import ActorHandle
 
 from raygrow.runtime.run_folder import RunFolder
-from raygrow.runtime.trunks import claimed
+from raygrow.runtime.trunks import Process, claimed
 from raygrow.train.loop import Outcome
 from raygrow.train.session import Record
 from raygrow.train.shared import Segment, growths_of, history_of, segments, train_segment
@@ -70,7 +71,7 @@ class _Trial:
         self.run_folder = folder.run(trial.name)
         self.segments = segments(trial.phases, trial.run.train, data=data, seed=trial.run.seed)
         self.lines: list[Record] = []
-        self.who = f"{trial.name}-{uuid.uuid4().hex}"
+        self.who = Process(trial.name, uuid.uuid4().hex)
 
     def train(self) -> None:
         """Trains what is left; whatever ends it, the trial's folder says how far it came."""
@@ -83,13 +84,16 @@ class _Trial:
         finally:
             self._write(outcome)
         if outcome.status == "failed":
-            tune.report({"val_loss": math.inf, "flops": self.lines[-1]["flops"] if self.lines else 0.0, "ends": True})
+            flops = self.lines[-1]["flops"] if self.lines else 0.0
+            tune.report({"val_loss": math.inf, "flops": flops, "ends": True, "failure": f"failed: {outcome.reason}"})
+        if outcome.status == "stopped":
+            threading.Event().wait()  # a function that returns has come to its end for Tune; so this one can go on
 
     def _train_segments(self) -> Outcome:
         for count, segment in enumerate(self.segments, 1):
-            with claimed(segment, self.trunks, self.folder.states, who=self.who) as forks:
+            with claimed(segment, self.trunks, self.folder.states, who=self.who) as claim:
                 self._catch_up(self.segments[:count])
-                if forks is None:
+                if not claim:
                     continue
                 outcome = train_segment(
                     segment,
@@ -98,9 +102,12 @@ class _Trial:
                     data=self.data,
                     seed=self.trial.run.seed,
                     device=self.device,
-                    save_at=forks,
+                    save_at=claim.forks,
                     on_record=self._on_record,
+                    stop_requested=claim.stop.is_set,
                 )
+                if outcome.status == "stopped":
+                    self._write(outcome)  # the driver waits until the claim is given back
             if outcome.status != "finished":
                 return outcome
         return Outcome("finished")

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +16,7 @@ from typing import Any
 import ray
 import yaml
 from ray import tune
+from ray.actor import ActorHandle
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.result_grid import ResultGrid
 from rich.console import Console
@@ -24,6 +27,7 @@ from raygrow.report.text import print_summary
 from raygrow.runtime.choosing import chooser, stopper
 from raygrow.runtime.cluster import connect, has_gpu
 from raygrow.runtime.run_folder import RunFolder, differences
+from raygrow.runtime.stop import StopWish, stop_wish
 from raygrow.runtime.train import EXIT_CODES, check_data
 from raygrow.runtime.trial import SearchFolder, train_trial
 from raygrow.runtime.trunks import open_trunks
@@ -34,8 +38,16 @@ from raygrow.trials import Search, cost
 from raygrow.weights.atomic import replace_file
 
 TUNE_FOLDER = "tune"
-SETTINGS = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "2"}
-"""Read by Tune: trials stay in the driver's folder, there are no curves beside ours, and its state is saved often."""
+SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",
+}
+"""Read by Tune: no table of its own, trials stay in the driver's folder, no curves beside ours, Ctrl-C is ours, and its
+state is saved often."""
+POLL_SECONDS = 0.2
 CAN_CHANGE = ("run.workers", "run.dry_run", "run.storage_path", "space.trial")
 """Keys that a search started again may give another value."""
 
@@ -61,10 +73,11 @@ def run_search(search: Search) -> int:
     folder.path.mkdir(parents=True, exist_ok=True)
     replace_file(folder.settings, as_yaml(_settings(search)))
     data = Path(search.run.data.path).resolve()
+    console.print(_begin(search, resources), highlight=False, soft_wrap=True)
     trunks = open_trunks(segments(t.phases, t.run.train, data=data, seed=t.run.seed) for t in search.fixed)
     trial = partial(train_trial, search=search, folder=folder, data=data, trunks=trunks)
-    with _tune_settings(), _sigterm_as_ctrl_c():
-        grid = _tuner(search, folder, tune.with_resources(trial, resources)).fit()
+    with _tune_settings(), _saves_before_it_stops(trunks, console):
+        grid = _tuner(search, folder, data, tune.with_resources(trial, resources)).fit()
     ray.kill(trunks)
     status = _write_results(search, folder, grid)
     if status == "stopped":
@@ -99,9 +112,11 @@ def _resources(search: Search) -> dict[str, float]:
     """What Tune reserves for each trial; some node must have it."""
     trial = search.space.trial
     gpus = float(has_gpu()) if trial.gpus == "auto" else trial.gpus
+    if gpus > 1:
+        raise ValueError(f"space.trial.gpus={gpus:g}: a trial trains in a single process, which uses one GPU at most")
     wanted = {"CPU": trial.cpus} | ({"GPU": gpus} if gpus else {})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(what, 0) >= amount for what, amount in wanted.items()) for node in nodes):
+    if not any(_has(node, wanted) for node in nodes):
         have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
         raise ValueError(
             f"space.trial: a trial asks for {trial.cpus:g} CPU and {gpus:g} GPU, which no node has ({have}): lower "
@@ -110,7 +125,21 @@ def _resources(search: Search) -> dict[str, float]:
     return wanted
 
 
-def _tuner(search: Search, folder: SearchFolder, trial: Any) -> tune.Tuner:
+def _has(resources: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
+    return all(resources.get(what, 0) >= amount for what, amount in wanted.items())
+
+
+def _begin(search: Search, wanted: Mapping[str, float]) -> str:
+    """What is about to happen, and where it must wait."""
+    chosen = f", and {search.samples} that Optuna chooses" if search.samples else ""
+    asked = " and ".join(f"{amount:g} {what}" for what, amount in wanted.items())
+    line = f"{search.run.name}: {len(search.fixed)} trials{chosen}, each on {asked}"
+    if _has(ray.available_resources(), wanted):
+        return line
+    return f"{line}. All of that is taken now: the first trial waits until there is room"
+
+
+def _tuner(search: Search, folder: SearchFolder, data: Path, trial: Any) -> tune.Tuner:
     """A new Tune experiment, or the one that is there."""
     path = str(folder.path / TUNE_FOLDER)
     if tune.Tuner.can_restore(path) and list(Path(path).glob("experiment_state-*.json")):
@@ -128,7 +157,7 @@ def _tuner(search: Search, folder: SearchFolder, trial: Any) -> tune.Tuner:
             name=TUNE_FOLDER,
             storage_path=str(folder.path),
             failure_config=tune.FailureConfig(max_failures=search.space.trial.max_failures),
-            callbacks=[Told(search)],
+            callbacks=[Told(search, data)],
             verbose=0,
         ),
     )
@@ -136,7 +165,7 @@ def _tuner(search: Search, folder: SearchFolder, trial: Any) -> tune.Tuner:
 
 def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> str:
     """Writes results.json and cost.json; returns how the search has ended."""
-    tried = grid._experiment_analysis.trials or []
+    tried, ended = grid._experiment_analysis.trials or [], 0
     rows: dict[str, dict[str, Any]] = {}
     for tune_trial in tried:
         trial = search.trial_of(tune_trial.config)
@@ -144,10 +173,13 @@ def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> st
         if tune_trial.status == TuneTrial.ERROR:
             run.write_summary(trial.phases, Outcome("failed", _cause(tune_trial)))
         summary = json.loads(run.read("summary.json") or "{}")
+        # Tune calls all trials terminated when it has been told to end
+        has_ended = tune_trial.status == TuneTrial.ERROR or tune_trial.last_result.get("done", False)
+        ended += has_ended
         rows[trial.name] = {
             "name": trial.name,
             "values": trial.values,
-            "status": summary.get("status", "stopped"),
+            "status": summary.get("status") if has_ended else "unfinished",
             **{key: summary.get(key) for key in ("val_loss", "flops", "tokens", "seconds")},
             "control": trial.control,
             "formula": trial.formula,
@@ -156,7 +188,7 @@ def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> st
     replace_file(folder.path / "results.json", json.dumps(list(rows.values()), indent=2))
     flops = cost([search.trial_of(tune_trial.config) for tune_trial in tried], folder.states)
     replace_file(folder.path / "cost.json", json.dumps(asdict(flops), indent=2))
-    if len(tried) < len(search.fixed) + search.samples or not all(trial.is_finished() for trial in tried):
+    if ended < len(search.fixed) + search.samples:
         return "stopped"
     return "finished" if any(row["status"] == "finished" for row in rows.values()) else "failed"
 
@@ -169,8 +201,10 @@ def _cause(trial: TuneTrial) -> str:
 
 @contextmanager
 def _tune_settings() -> Iterator[None]:
-    """Sets what Tune reads from the environment, where nobody else has."""
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    """Sets what Tune reads from the environment, where nobody else has, and silences it."""
+    for name in ("ray.tune", "optuna"):  # what matters is told in our words
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="optuna")  # of a search that goes on, Optuna has seen results before
     added = {key: value for key, value in SETTINGS.items() if key not in os.environ}
     os.environ.update(added)
     try:
@@ -181,15 +215,28 @@ def _tune_settings() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Has SIGTERM do what Ctrl-C does: Tune saves its state and ends."""
+def _saves_before_it_stops(trunks: ActorHandle, console: Console) -> Iterator[None]:
+    """Has SIGTERM and Ctrl-C save what is in training, and end Tune then."""
+    over = threading.Event()
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Tune listens
+    with stop_wish() as wish:
+        watcher = threading.Thread(target=_save_then_end, args=(wish, over, trunks, console), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+            signal.signal(signal.SIGUSR1, before)
 
-    def interrupt(number: int, frame: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
 
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt), signal.SIGINT: signal.getsignal(signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():  # Tune leaves its own behind
-            signal.signal(number, handler)
+def _save_then_end(wish: StopWish, over: threading.Event, trunks: ActorHandle, console: Console) -> None:
+    told = False
+    while not over.wait(POLL_SECONDS):
+        if not wish.made:
+            continue
+        if not told:
+            told = True
+            console.print("Saving what is in training, then stopping. Once more stops at once.", highlight=False)
+        if not ray.get(trunks.stop.remote()):
+            os.kill(os.getpid(), signal.SIGUSR1)  # how Tune is told from outside to save its state and end
