@@ -18,6 +18,7 @@ from raygrow.growth.gstack import Gstack
 from raygrow.growth.timing import growth_timing
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import block_parameters
+from raygrow.report.search import Cost
 from raygrow.report.units import short_names
 from raygrow.space import LISTS, SpaceConfig
 from raygrow.train.plan import Phase, resolve, scratch_plan
@@ -69,18 +70,6 @@ class Trial:
         """What it is trained in; its data must be prepared."""
         data = Path(self.run.data.path).resolve()
         return segments(self.phases, self.run.train, data=data, seed=self.run.seed)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a search costs, in FLOPs."""
-
-    spent: float
-    """Trained in fact, what was done twice counted twice; less than `shared` where trials were stopped early."""
-    shared: float
-    """All trials to their ends, with what they have in common trained once."""
-    alone: float
-    """All trials to their ends, each by itself."""
 
 
 class Search:

@@ -1,4 +1,4 @@
-"""The best trial of a search as settings that `raygrow train plan=best` composes: plan, model and data."""
+"""Trials of a search as settings that `raygrow train plan=best` composes: plan, model and data."""
 
 from pathlib import Path
 from typing import Any
@@ -9,23 +9,26 @@ from raygrow.report.runs import Run
 from raygrow.weights.atomic import replace_file
 
 BEST = "best"
-"""Name of the folder beside the report, and of the file in each group."""
+"""Name of the folder beside the report, and of the best trial's file in each group."""
+FORMULA = "formula"
+"""Name of the plan with the published formula's timing, beside it."""
 HEADER = """\
 # @package _global_
 # {text}
 defaults:
-  - override /model: best
-  - override /data: best
+  - override /model: {plan}
+  - override /data: {plan}
 
 """
 
 
-def write_best(run: Run, out: Path, *, name: str, text: str) -> Path:
-    """Writes `best/plan/best.yaml` with the model and data that it brings along, as plans in raygrow/conf may.
+def write_plan(run: Run, out: Path, *, plan: str, name: str, text: str) -> Path:
+    """Writes `best/plan/<plan>.yaml` with the model and data that it brings along, as plans in raygrow/conf may.
 
     Args:
         run: The trial to make settings of.
         out: Folder to put `best` into.
+        plan: `best` or `formula`.
         name: What runs of the plan are called when they are not given a name.
         text: One line that says where the plan comes from.
 
@@ -35,12 +38,12 @@ def write_best(run: Run, out: Path, *, name: str, text: str) -> Path:
     settings = {"name": name, "plan": _set(run.settings["plan"]), "train": _set(run.settings["train"])}
     folder = out / BEST
     for group, content in (
-        ("plan", HEADER.format(text=" ".join(text.split())) + _yaml(settings)),
+        ("plan", HEADER.format(text=" ".join(text.split()), plan=plan) + _yaml(settings)),
         ("model", _yaml(run.settings["model"])),
         ("data", _yaml(run.settings["data"])),
     ):
         (folder / group).mkdir(parents=True, exist_ok=True)
-        replace_file(folder / group / f"{BEST}.yaml", content)
+        replace_file(folder / group / f"{plan}.yaml", content)
     return folder
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from raygrow.report import plots, search_plots
-from raygrow.report.best_plan import write_best
+from raygrow.report.best_plan import BEST, FORMULA, write_plan
 from raygrow.report.runs import load_runs
 from raygrow.report.search import Search, are_searches, load_search
-from raygrow.report.search_summary import best_name, summarize_search
+from raygrow.report.search_summary import plan_name, summarize_search
 from raygrow.report.summary import Summary, summarize
 from raygrow.weights.atomic import replace_file
 
 TEMPLATE = "report.html.jinja"
+PICTURE = ("losses", "speedups", "budgets")
+"""Panels of a search that are in its picture."""
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -49,11 +51,15 @@ def _write_search_report(search: Search, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     panels = search_plots.panels(search)
     if panels:
-        plots.write_panels(list(panels.values())[:2], out / "search.png")
-    if search.best_trial and search.best_trial.run:
-        write_best(
-            search.best_trial.run, out, name=best_name(search), text=f"The best plan of the search {search.name}."
-        )
+        plots.write_panels([panels[name] for name in PICTURE if name in panels], out / "search.png")
+    plans = (
+        (BEST, search.best_trial, "The best plan"),
+        (FORMULA, search.formula_trial, "The published formula's timing"),
+    )
+    for plan, trial, what in plans:
+        if search.best_trial and trial and trial.run:
+            name, text = plan_name(search, plan), f"{what}, of the search {search.name}."
+            write_plan(trial.run, out, plan=plan, name=name, text=text)
     figures = [plots.svg(draw, name) for name, draw in panels.items()]
     return _write_page(out, summarize_search(search, out), figures, search.folders)
 

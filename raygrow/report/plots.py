@@ -202,7 +202,9 @@ def write_png(runs: list[Run], file: Path) -> None:
 def write_panels(drawings: Sequence[Drawing], file: Path) -> None:
     """Panels side by side as a PNG, 2080 pixels wide."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(drawings), figsize=(13, 4.8), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(drawings), figsize=(max(13, 6.5 * len(drawings)), 4.8), layout="constrained", squeeze=False
+        )
         for draw, place in zip(drawings, axes[0], strict=True):
             draw(place)
         image = io.BytesIO()

@@ -6,7 +6,7 @@ their losses can be held against each other. A search has one contest, or one fo
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import block_parameters, training_flops_per_token
 from raygrow.report.estimate import Estimate, estimate
 from raygrow.report.runs import Run, load_run, read_yaml
+from raygrow.weights.json_file import read_json
 
 RESULTS_FILE = "results.json"
+COST_FILE = "cost.json"
 SEARCH_FILE = "search.yaml"
 SAME_BUDGET = 0.05
 """Budgets this close are one: phases end on whole steps, and a control spends what the grown run's phases add up to."""
@@ -141,6 +143,18 @@ class Contest:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a search costs, in FLOPs."""
+
+    spent: float
+    """Trained in fact, what was done twice counted twice; less than `shared` where trials were stopped early."""
+    shared: float
+    """All trials to their ends, with what they have in common trained once."""
+    alone: float
+    """All trials to their ends, each by itself."""
+
+
+@dataclass(frozen=True)
 class Search:
     """One search, or several that are looked at together."""
 
@@ -148,6 +162,8 @@ class Search:
     trials: tuple[Trial, ...]
     contests: tuple[Contest, ...]
     """Ascending by budget."""
+    cost: Cost | None = None
+    """Of all together; None while one is not over."""
 
     @property
     def name(self) -> str:
@@ -163,6 +179,12 @@ class Search:
         """One trial of the best setting."""
         best = self.contest.best if self.contest else None
         return next(iter(best.finished.values())) if best else None
+
+    @property
+    def formula_trial(self) -> Trial | None:
+        """One trial of the formula's timing, finished or not, in the same contest."""
+        formula = self.contest.formula if self.contest else None
+        return next((trial for trial in formula.trials if trial.run and trial.run.settings), None) if formula else None
 
     def fit(self) -> TimingFit | None:
         """The formula's constants from the best timing of every contest; None where no setting has finished."""
@@ -197,7 +219,7 @@ def load_search(folders: Sequence[Path]) -> Search:
     """
     folders = tuple(Path(folder).resolve() for folder in folders)
     trials = tuple(trial for folder in folders for trial in _read_trials(folder))
-    return Search(folders, trials, _contests(trials))
+    return Search(folders, trials, _contests(trials), _cost(folders))
 
 
 def timing_point(contest: Contest) -> TimingPoint | None:
@@ -208,6 +230,14 @@ def timing_point(contest: Contest) -> TimingPoint | None:
     params = sum(block_parameters(contest.model, block) for block in range(contest.model.n_blocks))
     tokens = contest.flops / training_flops_per_token(contest.model, contest.seq_len)
     return TimingPoint(params=params, flops=6 * params * tokens, base_tokens=best.base[1])
+
+
+def _cost(folders: Sequence[Path]) -> Cost | None:
+    files = [folder / COST_FILE for folder in folders]
+    if not all(file.is_file() for file in files):
+        return None
+    costs = [read_json(file) for file in files]
+    return Cost(**{field.name: sum(cost[field.name] for cost in costs) for field in fields(Cost)})
 
 
 def _read_trials(folder: Path) -> list[Trial]:

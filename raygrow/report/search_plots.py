@@ -92,11 +92,16 @@ def draw_speedups(axes: Axes, contest: Contest) -> None:
 
 
 def draw_budgets(axes: Axes, contests: Sequence[Contest]) -> None:
-    """Loss at the end of each budget: the best setting's and from scratch."""
-    arms = (("best", GROWN[0], lambda c: c.best), ("from scratch", SCRATCH[0], lambda c: c.control))
+    """Loss at the end of each budget: the best setting's, with the formula's timing, and from scratch."""
+    arms = (
+        ("best", GROWN[0], lambda c: c.best),
+        ("the formula's timing", GROWN[1], lambda c: c.formula),
+        ("from scratch", SCRATCH[0], lambda c: c.control),
+    )
     for name, color, arm in arms:
         ends = [(contest.flops, s.loss) for contest in contests if (s := arm(contest)) and s.loss]
-        _draw_line(axes, ends, color, name)
+        if ends:
+            _draw_line(axes, ends, color, name)
     _logarithmic(axes, units.flops)
     axes.set(title="Loss at the end of each budget", xlabel="budget, FLOPs", ylabel="validation, nats per token")
     axes.legend(loc="best")

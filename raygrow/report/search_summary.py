@@ -5,7 +5,7 @@ from pathlib import Path
 
 from raygrow.growth.timing import PUBLISHED
 from raygrow.report import units
-from raygrow.report.best_plan import BEST
+from raygrow.report.best_plan import BEST, FORMULA
 from raygrow.report.compare import TIE
 from raygrow.report.estimate import interval, percents
 from raygrow.report.search import Contest, Search, Setting
@@ -35,27 +35,28 @@ def summarize_search(search: Search, out: Path) -> Summary:
         title=search.name,
         headline=_headline(contest, best),
         outcome=_outcome(contest, best),
-        sentences=[*_answer(search, contest, best), *_left_out(search)] if contest and best else _left_out(search),
+        sentences=[*(_answer(search, contest, best) if contest and best else []), *_left_out(search), *_spent(search)],
         tables=[table for table in tables if table.rows],
         settings=settings_table([run for run in runs if run]),
-        commands=commands(search, best, out) if best else [],
+        commands=commands(search, out) if best else [],
     )
 
 
-def commands(search: Search, best: Setting, out: Path) -> list[str]:
-    """How to train the best plan, and how to test it on a seed that the search has not used."""
+def commands(search: Search, out: Path) -> list[str]:
+    """How to train the best plan, and how to test it and the formula's on a seed that the search has not used."""
     folder = out.resolve() / BEST
     shown_folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    command = f"raygrow train --config-dir {shlex.quote(str(shown_folder))} plan={BEST}"
+    command = f"raygrow train --config-dir {shlex.quote(str(shown_folder))}"
     seeds = [trial.seed for trial in search.trials if isinstance(trial.seed, int)]
     unused = max(seeds, default=0) + 1
-    name = f"{best_name(search)}-seed{unused}"
-    return [command, f"{command} seed={unused} control=true name={shlex.quote(name)}"]
+    best, formula = (shlex.quote(f"{plan_name(search, plan)}-seed{unused}") for plan in (BEST, FORMULA))
+    found = [f"{command} plan={BEST}", f"{command} plan={BEST} seed={unused} control=true name={best}"]
+    return [*found, f"{command} plan={FORMULA} seed={unused} name={formula}"] if search.formula_trial else found
 
 
-def best_name(search: Search) -> str:
-    """What a run of the best plan is called."""
-    return f"{search.folders[0].name}-{BEST}"
+def plan_name(search: Search, plan: str) -> str:
+    """What a run of the best plan, or of the formula's, is called."""
+    return f"{search.folders[0].name}-{plan}"
 
 
 def describe(setting: Setting, contest: Contest) -> str:
@@ -151,8 +152,8 @@ def _doubts(contest: Contest, best: Setting) -> list[str]:
         said.append("No timing was tried on the other side of the best one: the true best may lie beyond it.")
     if len(contest.grown) > 1:
         said.append(
-            f"The best of {len(contest.grown)} settings is partly luck. The last command below tests it on a seed that "
-            "the search has not used."
+            f"The best of {len(contest.grown)} settings is partly luck. The commands below with a seed test it on one "
+            "that the search has not used."
         )
     return said
 
@@ -186,3 +187,16 @@ def _left_out(search: Search) -> list[str]:
     ]
     counts = [f"{count} {one if count == 1 else more}" for count, one, more in others if count]
     return [f"Of {many(len(ends), 'trial')}, {' and '.join(counts)}."] if counts else []
+
+
+def _spent(search: Search) -> list[str]:
+    """What the search cost, and what it would have cost to try everything."""
+    cost = search.cost
+    if cost is None or not cost.alone:
+        return []
+    return [
+        f"The search spent {units.flops(cost.spent)} FLOPs, counted as they were trained: "
+        f"{units.percent(cost.spent / cost.alone)} of the {units.flops(cost.alone)} that its trials would have taken "
+        f"alone, each to its end. With shared work, but none stopped early, it would have been "
+        f"{units.flops(cost.shared)}."
+    ]

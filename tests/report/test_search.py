@@ -181,6 +181,31 @@ def test_one_file_says_it_all(seeds: Path, tmp_path: Path):
     assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 100
 
 
+def test_what_was_spent_is_told_beside_what_it_would_have_been(tmp_path: Path):
+    folder = write_search(tmp_path / "one", [write_trial(tmp_path / "one", share=0.05)])
+    assert "FLOPs, counted" not in answer(folder)
+    (folder / "cost.json").write_text(json.dumps({"spent": 4.1e13, "shared": 6.2e13, "alone": 1e14}))
+    said = answer(folder)
+    assert "The search spent 4.10e13 FLOPs, counted as they were trained: 41.0 % of the 1.00e14 that" in said
+    assert "it would have been 6.20e13" in said
+    other = write_search(tmp_path / "two", [write_trial(tmp_path / "two", share=0.05)])
+    assert load_search([folder, other]).cost is None  # one of them is not over
+    (other / "cost.json").write_text((folder / "cost.json").read_text())
+    cost = load_search([folder, other]).cost
+    assert cost is not None
+    assert cost.alone == 2e14
+
+
+def test_the_formulas_plan_is_beside_the_best(seeds: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["report", str(seeds), "--out", str(tmp_path)]) == 0
+    command = next(line for line in capfd.readouterr().out.splitlines() if "plan=formula" in line).split()
+    assert command[4:] == ["plan=formula", "seed=3", "name=timing-formula-seed3"]
+    assert main([*command[1:], "dry_run=true"]) == 0
+    tree = yaml.safe_load(capfd.readouterr().out.partition("phase ")[0])
+    assert tree["plan"]["phases"]["base"]["share"] == 0.05
+    assert tree["plan"]["tokens"] == 4e6
+
+
 def test_several_budgets(budgets: Path, tmp_path: Path):
     search = load_search([budgets])
     assert [len(contest.grown) for contest in search.contests] == [7, 7, 7]
@@ -198,6 +223,7 @@ def test_several_budgets(budgets: Path, tmp_path: Path):
     assert found.mean > 0.2
     page = write_report([budgets], tmp_path).read_text()
     assert page.count("<svg") == 6
+    assert matplotlib.image.imread(tmp_path / "search.png").shape[:2] == (768, 3120)  # budgets beside the rest
     assert "with a decayed learning rate" in page
     assert "best: speedup +" in page
     assert "<h1>Growth won: share 0.08, factor 4</h1>" in page
