@@ -53,7 +53,7 @@ def _draw(logits_RV: Tensor, samplings: Row[Sampling], uniforms: Row[float]) -> 
     target_R1 = torch.tensor(uniforms, device=device, dtype=torch.float32)[:, None] * cumulative_RV[:, -1:]
     tokens_R = torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0]
     # a product that rounding made equal to the whole: the last token of any probability
-    last_R = torch.searchsorted(cumulative_RV, cumulative_RV[:, -1:])[:, 0]
+    last_R = torch.searchsorted(cumulative_RV, cumulative_RV[:, -1:].contiguous())[:, 0]
     return torch.minimum(tokens_R, last_R)
 
 

@@ -1,4 +1,4 @@
-"""What each step computes: a token of every running sequence, then as much of the prompts as the budget has room for."""
+"""What each step computes: a token of every running sequence, then as much of the prompts as there is room for."""
 
 from collections import deque
 from typing import NamedTuple
@@ -80,11 +80,11 @@ class Scheduler:
 
     def _decodes(self) -> list[Chunk]:
         """One token of every sequence whose prompt has been computed, the oldest first."""
-        chunks = []
-        for sequence in list(self.running):
-            if sequence.slot is not None and sequence.missing == 1 and self._make_room(sequence):
-                chunks.append(_chunk(sequence, 1))
-        return chunks
+        return [
+            _chunk(sequence, 1)
+            for sequence in list(self.running)  # from which making room takes the youngest
+            if sequence.slot is not None and sequence.missing == 1 and self._make_room(sequence)
+        ]
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Memory for all tokens of a running sequence; False if it was itself the youngest and had to go."""

@@ -1,0 +1,182 @@
+"""An engine in a thread of its own, with asyncio on the outside."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from raygrow.infer.engine import Engine, EngineStats
+from raygrow.infer.request import Delta, Request
+
+logger = logging.getLogger(__name__)
+
+STUCK_SECONDS = 120.0
+"""A step that takes longer is stuck: even one that compiles kernels is done sooner."""
+
+
+@dataclass(eq=False)
+class _Stream:
+    """One caller who waits for the Deltas of a request."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
+
+
+class EngineLoop:
+    """Steps an engine for as long as it has work. Requests may come from any number of event loops.
+
+    When a step raises, every request that is in the engine ends with an error, and `check` raises from then on:
+    what the engine holds can no longer be relied on.
+
+    Args:
+        engine: Nobody else may use it from now on.
+        stuck_seconds: See `check`.
+    """
+
+    def __init__(self, engine: Engine, *, stuck_seconds: float = STUCK_SECONDS) -> None:
+        self.engine = engine
+        self._stuck_seconds = stuck_seconds
+        self._wake = threading.Condition()
+        self._inbox: deque[_Stream | str] = deque()
+        """What is to be done between steps: streams to begin, ids to abort."""
+        self._streams: dict[str, _Stream] = {}
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._step_began: float | None = None
+        self._stats = engine.stats
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's numbers, as of its last step."""
+        return self._stats
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        """The Deltas of a request as they come. Closing the iterator aborts it.
+
+        Raises:
+            ValueError: If the engine cannot take the request; before anything is given out.
+            RuntimeError: If the loop is closed or has failed.
+        """
+        self.engine.check(request)
+        stream = _Stream(request, asyncio.get_running_loop())
+        self._put(stream)
+        ended = False
+        try:
+            while not ended:
+                item = await stream.queue.get()
+                if isinstance(item, BaseException):
+                    ended = True
+                    raise item
+                ended = item.finish_reason is not None
+                yield item
+        finally:
+            if not ended:
+                with contextlib.suppress(RuntimeError):  # closed meanwhile
+                    self._put(request.id)
+
+    def check(self) -> None:
+        """Says whether the engine is well.
+
+        Raises:
+            RuntimeError: If its thread has ended, or has been in one step for longer than `stuck_seconds`.
+        """
+        if self._failure is not None:
+            raise RuntimeError(f"the engine has failed: {self._failure}") from self._failure
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine is closed")
+        began = self._step_began
+        if began is not None and (seconds := time.monotonic() - began) > self._stuck_seconds:
+            raise RuntimeError(f"the engine is stuck: one step has taken {seconds:.0f} seconds")
+
+    async def close(self) -> None:
+        """Ends the thread after its step. Requests that are not finished end as aborted."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def _put(self, item: _Stream | str) -> None:
+        with self._wake:
+            if self._closing or self._failure is not None:
+                raise RuntimeError(
+                    f"the engine has failed: {self._failure}" if self._failure else "the engine is closed"
+                )
+            self._inbox.append(item)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._serve_inbox():
+                self._step_began = time.monotonic()
+                deltas = self.engine.step()
+                self._step_began = None
+                self._stats = self.engine.stats
+                self._give_out(deltas)
+        except BaseException as error:
+            logger.exception("the engine has failed")
+            self._stop(error)
+        else:
+            self._stop(None)
+
+    def _serve_inbox(self) -> bool:
+        """Takes in what has come, waiting for it if there is nothing else to do. False when it is time to end."""
+        with self._wake:
+            while not (self._inbox or self._closing or self.engine.has_work):
+                self._wake.wait()
+            items, closing = list(self._inbox), self._closing
+            self._inbox.clear()
+        for item in items:
+            if isinstance(item, _Stream):
+                self._begin(item)
+            elif self._streams.pop(item, None) is not None:
+                self.engine.abort(item)
+        self._stats = self.engine.stats
+        return not closing
+
+    def _begin(self, stream: _Stream) -> None:
+        try:
+            self.engine.add(stream.request)
+        except ValueError as error:
+            _send([(stream, error)])
+        else:
+            self._streams[stream.request.id] = stream
+
+    def _give_out(self, deltas: list[Delta]) -> None:
+        known = [(self._streams[delta.id], delta) for delta in deltas if delta.id in self._streams]
+        for stream, delta in known:
+            if delta.finish_reason is not None:
+                del self._streams[stream.request.id]
+        _send(known)
+
+    def _stop(self, error: BaseException | None) -> None:
+        """Ends every request, those in the inbox too."""
+        with self._wake:
+            self._closing, self._failure, self._step_began = True, error, None
+            waiting = [item for item in self._inbox if isinstance(item, _Stream)]
+            self._inbox.clear()
+        reason, text = ("abort", None) if error is None else ("error", f"the engine has failed: {error}")
+        streams = [*self._streams.values(), *waiting]
+        self._streams.clear()
+        _send([(stream, Delta(stream.request.id, finish_reason=reason, error=text)) for stream in streams])
+
+
+def _send(items: Sequence[tuple[_Stream, Delta | BaseException]]) -> None:
+    """Brings items to their callers: one call into each event loop, however many there are."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Delta | BaseException]]] = {}
+    for stream, item in items:
+        by_loop.setdefault(stream.loop, []).append((stream, item))
+    for loop, group in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # that event loop has ended, and its callers with it
+            loop.call_soon_threadsafe(_deliver, group)
+
+
+def _deliver(items: list[tuple[_Stream, Delta | BaseException]]) -> None:
+    for stream, item in items:
+        stream.queue.put_nowait(item)

@@ -1,0 +1,79 @@
+"""Runs the model on the chunks of one step.
+
+Shapes: T tokens of the step, R decoding rows, L rows whose logits are wanted, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from raygrow.infer.attention import Decodes, Stretch, cache_attends, causal_mask
+from raygrow.infer.graphs import DecodeGraphs
+from raygrow.infer.kv_cache import KvCache
+from raygrow.infer.scheduler import Chunk
+from raygrow.nn.rack import Rack
+
+
+class Runner:
+    """A model and its key-value cache.
+
+    Args:
+        model: In the dtype and on the device that it runs in.
+        cache: For that model.
+        graphs: The largest number of sequences whose decoding is recorded as a CUDA graph; 0 for none.
+    """
+
+    def __init__(self, model: Rack, cache: KvCache, *, graphs: int = 0) -> None:
+        self._model, self._cache = model, cache
+        self._device = model.embedding.weight.device
+        self._graphs = DecodeGraphs(model, cache, graphs) if graphs else None
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> Tensor:
+        """Computes chunks, those of a single token first, and stores their keys and values.
+
+        Returns:
+            `(L, V)` logits of the positions that the chunks want, in their order.
+        """
+        spans = [(chunk.sequence, range(chunk.start, chunk.stop)) for chunk in chunks]
+        step_3T = self._to_device(
+            [
+                [token for sequence, span in spans for token in sequence.tokens[span.start : span.stop]],
+                [position for _, span in spans for position in span],
+                [sequence.slot for sequence, span in spans for _ in span],
+            ]
+        )
+        decoding = sum(len(span) == 1 for _, span in spans)
+        if self._graphs is not None and decoding == len(chunks) <= self._graphs.largest:
+            logits_RV = self._graphs.run(step_3T)
+            return logits_RV if all(chunk.wanted for chunk in chunks) else logits_RV[self._wanted(chunks)]
+        tokens_T, positions_T, slots_T = step_3T
+        decodes = None
+        if decoding:
+            rows = slice(0, decoding)
+            decodes = Decodes(slots_T[rows], positions_T[rows], positions_T[rows] + 1)
+        attends = cache_attends(self._cache, decodes, self._stretches(chunks[decoding:], decoding))
+        return self._model(tokens_T[None], positions_T=positions_T, attends=attends, rows=self._wanted(chunks))[0]
+
+    def _stretches(self, chunks: list[Chunk], row: int) -> list[Stretch]:
+        stretches = []
+        for chunk in chunks:
+            slot, length = chunk.sequence.slot, chunk.stop - chunk.start
+            assert slot is not None
+            mask = causal_mask(length, chunk.stop, self._device) if chunk.start else None
+            stretches.append(Stretch(slot, slice(row, row + length), chunk.start, chunk.stop, mask))
+            row += length
+        return stretches
+
+    def _wanted(self, chunks: list[Chunk]) -> Tensor:
+        """Indices of the tokens of the step whose logits are wanted."""
+        rows, first = [], 0
+        for chunk in chunks:
+            rows += [first + position - chunk.start for position in chunk.wanted]
+            first += chunk.stop - chunk.start
+        return self._to_device(rows)
+
+    def _to_device(self, numbers: list) -> Tensor:
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor
