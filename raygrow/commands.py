@@ -304,12 +304,18 @@ def generate(parsed: argparse.Namespace) -> int:
       raygrow generate runs/tiny-gstack --prompt "def "
       raygrow generate models/llama --prompt "Once" --tokens 50 --temperature 0
     """
-    from raygrow.evaluate.generate import SamplingConfig, generate_text
+    from raygrow.evaluate.generate import generate_text
+    from raygrow.infer.sampling import Sampling
 
-    sampling = SamplingConfig(
-        tokens=parsed.tokens, temperature=parsed.temperature, top_p=parsed.top_p, seed=parsed.seed
+    sampling = Sampling(
+        max_tokens=parsed.tokens, temperature=parsed.temperature, top_p=parsed.top_p, seed=parsed.seed
     )
-    print(parsed.prompt + generate_text(_model_folder(parsed.model), parsed.prompt, sampling))
+    pieces = generate_text(_model_folder(parsed.model), parsed.prompt, sampling)
+    first = next(pieces, "")  # before anything is printed, so that an error stands alone
+    print(parsed.prompt, end=first, flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 
@@ -338,8 +344,6 @@ def _trained_seq_len(path: Path) -> int | None:
 
 def _model_folder(path: Path) -> Path:
     """The folder itself, or the model of a finished run."""
-    if not (path / "run.yaml").exists():
-        return path
-    if not (path / "model").exists():
-        raise FileNotFoundError(f"{path}: this run has no finished model yet; start it again to go on")
-    return path / "model"
+    from raygrow.weights.folder import finished_model
+
+    return finished_model(path)

@@ -20,7 +20,7 @@ from raygrow.infer.sequence import Sequence
 from raygrow.infer.slots import Slots
 from raygrow.nn.rack import Rack
 from raygrow.text.tokenizer import Tokenizer, load_tokenizer
-from raygrow.weights.folder import load_model
+from raygrow.weights.folder import finished_model, load_model
 from raygrow.weights.json_file import read_json
 
 logger = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ def load_engine(folder: str | Path, config: EngineConfig | None = None) -> Engin
         ValueError: If a file is damaged, or the model cannot generate.
     """
     config = config or EngineConfig()
-    folder = model_folder(Path(folder))
+    folder = finished_model(folder)
     tokenizer = load_tokenizer(folder)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     logger.info("loading %s on %s", folder, device)
@@ -291,11 +291,6 @@ def load_engine(folder: str | Path, config: EngineConfig | None = None) -> Engin
     )
     model = load_model(folder, dtype=dtype, device=device)
     return Engine(model, tokenizer, config, end_ids={tokenizer.eos_id, *_end_ids(folder)})
-
-
-def model_folder(path: Path) -> Path:
-    """The folder itself, or the model of a finished run."""
-    return path / "model" if (path / "run.yaml").exists() and (path / "model").exists() else path
 
 
 def _end_ids(folder: Path) -> list[int]:

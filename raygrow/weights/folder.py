@@ -78,6 +78,20 @@ def open_folder(path: str | Path) -> ModelFolder:
     )
 
 
+def finished_model(path: str | Path) -> Path:
+    """The model folder that is meant by a path: the folder itself, or the model of a finished run.
+
+    Raises:
+        FileNotFoundError: If it is a run that has no finished model.
+    """
+    path = Path(path)
+    if not (path / "run.yaml").exists():
+        return path
+    if not (path / "model").exists():
+        raise FileNotFoundError(f"{path}: this run has no finished model yet; start it again to go on")
+    return path / "model"
+
+
 def layout_of(config: ModelConfig, format: Format) -> Layout:
     """How a model lies in a folder of a format.
 
