@@ -68,8 +68,12 @@ class Points(Searcher):
 
 
 def chooser(search: Search) -> Points:
-    """Gives the fixed trials, and then, with `search: optuna`, what Optuna makes of those before."""
-    names = [trial.name for trial in search.fixed]
+    """Gives the fixed trials, and then, with `search: optuna`, what Optuna makes of those before.
+
+    The largest budgets come first: they train what others fork from, so fewer trials hold a place while they wait for
+    it, and none is left to run alone at the end.
+    """
+    names = [trial.name for trial in sorted(search.fixed, key=lambda trial: -float(f"{trial.flops:.1e}"))]
     if not search.samples:
         return Points(names, None)
     space: Any = {key: _distribution(values) for key, values in search.space.space.items()}

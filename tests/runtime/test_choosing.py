@@ -7,7 +7,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from raygrow.config import build
-from raygrow.runtime.choosing import AshaOnFlops, Heat, heats
+from raygrow.runtime.choosing import AshaOnFlops, Heat, chooser, heats
 from raygrow.space import SpaceConfig
 from raygrow.trials import Search
 from tests.composed import composed
@@ -48,6 +48,14 @@ def asha(found: Search, *, scores: Any = lambda trial: [], grace: float = 0.1) -
 
 def name(tokens: int, base: int, seed: int = 0) -> str:
     return f"plan.tokens-{tokens}_base.tokens-{base}_seed-{seed}"
+
+
+def test_large_budgets_begin_first_and_all_else_is_as_the_space_has_it(budgets: Search) -> None:
+    points = chooser(budgets)
+    names = [points.suggest(str(number))["name"] for number in range(len(budgets.fixed))]  # type: ignore[index]
+    listed = [trial.name for trial in budgets.fixed]
+    long = [name for name in listed if "plan.tokens-20" in name]
+    assert names == long + [name for name in listed if name not in long]
 
 
 def test_there_is_a_heat_for_each_budget_and_its_first_rung_is_after_the_last_growth(budgets: Search) -> None:
