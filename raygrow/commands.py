@@ -124,6 +124,7 @@ def tune(tree: dict[str, Any]) -> int:
       raygrow tune                                                 when to grow the tiny model
       raygrow tune space=growth_factor plan.tokens=1e8             by how much
       raygrow tune space=growth_schedule space.samples=40          learning rate, warmup, Adam's state
+      raygrow tune space=growth_budget                             when, and by how much, at every budget
       raygrow tune space=my/space.yaml model=decoder/llama/small   your own file
       raygrow tune space.trial.gpus=0.25                           four trials on every GPU
       raygrow tune space.asha=null                                 every trial to its end

@@ -27,11 +27,15 @@ class TrialConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AshaConfig:
-    """Stopping trials early: asynchronous successive halving (arXiv 1810.05934) on the FLOPs spent."""
+    """Stopping trials early: asynchronous successive halving (arXiv 1810.05934) on the FLOPs spent.
+
+    Trials are held against those of the same budget and the same seed; where they decay by different schedules, only
+    until the first one does.
+    """
 
     grace: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Where the first rung is: this share of the budget after the last growth of any trial. A model looks bad while it
-    is freshly grown."""
+    """Where the first rung is: this share of a budget after the last growth of any of its trials. A model looks bad
+    while it is freshly grown."""
     reduction_factor: Annotated[float, Field(gt=1)] = 2
     """One of this many trials goes on from each rung, and each rung is at this many times the FLOPs."""
 
