@@ -41,6 +41,10 @@ class HostMemory:
         self.flat = torch.frombuffer(self._mapping, dtype=dtype)
         """All of it, as a tensor of one dimension."""
 
+    def create(self, pages: int) -> bool:
+        """Whether so many more pages can be mapped: the system tells only when they are touched."""
+        return True
+
     def map(self, offset: int, nbytes: int) -> None:
         """Makes pages usable. The system gives each one at its first touch."""
 
@@ -51,7 +55,7 @@ class HostMemory:
     def fence(self) -> None:
         """Nothing runs behind the caller's back here."""
 
-    def trim(self) -> None:
+    def trim(self, pages: int) -> None:
         """Nothing is held beside the pages in use."""
 
     def close(self) -> None:

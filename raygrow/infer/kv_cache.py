@@ -13,16 +13,21 @@ Shapes: S slots and one scratch slot, T tokens, K key-value heads, H head dim.
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from raygrow.infer.device_memory import DeviceMemory, smallest_page
 from raygrow.infer.host_memory import PAGE_BYTES, HostMemory
 from raygrow.nn.config import ModelConfig
 
 logger = logging.getLogger(__name__)
+
+SPARE_STRIPS = 2
+"""Physical memory that a device keeps created ahead, for sequences that need a page at once."""
 
 Layout = Literal["block", "interleaved"]
 """Where a token's keys of different Blocks lie: each Block in a tensor of its own, or side by side in one tensor.
@@ -39,10 +44,11 @@ class Memory(Protocol):
 
     @property
     def spare_bytes(self) -> int: ...
+    def create(self, pages: int) -> bool: ...
     def map(self, offset: int, nbytes: int) -> None: ...
     def unmap(self, offset: int, nbytes: int) -> None: ...
     def fence(self) -> Any: ...
-    def trim(self) -> None: ...
+    def trim(self, pages: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -116,9 +122,9 @@ class KvCache:
         self._token_bytes = config.n_kv_heads * config.head_dim * dtype.itemsize
         if interleaved:
             self._token_bytes *= config.n_blocks
-        page = page_bytes or PAGE_BYTES
+        device = _whole(torch.device(device))
+        page = page_bytes or _default_page(device)
         self._row_bytes = -(-max_tokens * self._token_bytes // page) * page
-        self._memory: Memory = HostMemory(self._tensors * (slots + 1) * self._row_bytes, dtype=dtype, page_bytes=page)
         self._page_bytes = page
         self._budget_bytes = budget_bytes
         self._limit = budget_bytes // self._strip_bytes
@@ -131,11 +137,18 @@ class KvCache:
                 f"budget_bytes={budget_bytes:,}: the KV cache of this model needs at least "
                 f"{needed * self._strip_bytes:,} ({self._tensors} tensors, pages of {page:,} bytes)"
             )
+        self._memory = _reserve(self._tensors * (slots + 1) * self._row_bytes, dtype, device, page)
+        self._mapper = ThreadPoolExecutor(1, "kv-cache") if self._memory.maps_slowly else None
+        self._asked: set[int] = set()
+        """Slots that pages are being mapped for, ahead."""
+        self._failure: Exception | None = None
         shape = slots + 1, max_tokens, config.n_kv_heads, config.head_dim
         self.k, self.v = self._views(config.n_blocks, shape, interleaved)
-        self.ensure(self.scratch, 1)
+        if not self.ensure(self.scratch, 1):
+            raise MemoryError(f"the device has not even {self._strip_bytes:,} bytes left for a KV cache")
         for tensor in (*self.k, *self.v):
             tensor[self.scratch, :1] = 0
+        self._create_spare()
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -159,6 +172,8 @@ class KvCache:
             row.tokens = max(row.tokens, tokens)
             return True
         with self._lock:
+            if self._failure is not None:
+                raise RuntimeError("the KV cache could not map memory") from self._failure
             if not self._grow(row, pages, urgent=True):
                 return False
             row.busy, row.tokens = True, tokens
@@ -207,9 +222,13 @@ class KvCache:
         """Maps what `ensure(slot, tokens)` will need, at most one page per tensor ahead of what the slot has."""
         row = self._rows[slot]
         pages = min(self._pages(min(tokens, self.max_tokens)), self._pages(row.tokens) + 1)
-        if row.busy and pages > row.pages:
-            with self._lock:
-                self._grow(row, pages, urgent=False)
+        if not row.busy or pages <= row.pages or slot in self._asked:
+            return
+        if self._mapper is None:
+            self._map_ahead(row, pages)
+        else:
+            self._asked.add(slot)
+            self._mapper.submit(self._map_ahead, row, pages)
 
     def reclaim(self) -> int:
         """Gives back every page that no running sequence has reached. Returns their bytes."""
@@ -217,7 +236,7 @@ class KvCache:
         with self._lock:
             for row, pages in self._victims(None, urgent=True):
                 self._shrink(row, pages)
-            self._memory.trim()
+            self._memory.trim(SPARE_STRIPS * self._tensors)
         return (before - self._mapped) * self._strip_bytes
 
     @property
@@ -237,6 +256,8 @@ class KvCache:
 
     def close(self) -> None:
         """Gives everything back; the tensors must not be touched any more."""
+        if self._mapper is not None:
+            self._mapper.shutdown(cancel_futures=True)
         with self._lock:
             self._memory.close()
 
@@ -271,12 +292,38 @@ class KvCache:
             return True
         if not self._make_room(missing, row, urgent=urgent):
             return False
+        if not self._memory.create(missing * self._tensors):
+            self._lower_limit()
+            return self._grow(row, pages, urgent=urgent)
         for offset in self._offsets(row, row.pages):
             self._memory.map(offset, missing * self._page_bytes)
         row.pages = pages
         self._mapped += missing
         self._maps += missing
         return True
+
+    def _lower_limit(self) -> None:
+        """Makes do with what the device has given so far."""
+        self._limit = self._mapped + self._memory.spare_bytes // self._strip_bytes
+        logger.warning(
+            "the device has less memory than the KV cache's budget of %s bytes: %s have to do",
+            f"{self._budget_bytes:,}",
+            f"{self._limit * self._strip_bytes:,}",
+        )
+
+    def _map_ahead(self, row: _Row, pages: int) -> None:
+        try:
+            with self._lock:
+                if row.busy:  # its sequence may have ended since it was asked for
+                    self._grow(row, min(pages, self._pages(row.tokens) + 1), urgent=False)
+                self._create_spare()
+        except Exception as error:  # of a thread that nobody waits for: told by the next `ensure`
+            self._failure = error
+        finally:
+            self._asked.discard(row.index)
+
+    def _create_spare(self) -> None:
+        self._memory.create(min(SPARE_STRIPS, self._limit - self._mapped) * self._tensors)
 
     def _make_room(self, strips: int, asker: _Row, *, urgent: bool) -> bool:
         """Takes back as many strips as the budget lacks, or none if there are not enough."""
@@ -323,3 +370,18 @@ class KvCache:
         """Where a page of a row begins, in every tensor."""
         for tensor in range(self._tensors):
             yield (tensor * len(self._rows) + row.index) * self._row_bytes + page * self._page_bytes
+
+
+def _whole(device: torch.device) -> torch.device:
+    """With its index."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _default_page(device: torch.device) -> int:
+    return smallest_page(device) if device.type == "cuda" else PAGE_BYTES
+
+
+def _reserve(nbytes: int, dtype: torch.dtype, device: torch.device, page_bytes: int) -> Memory:
+    if device.type == "cuda":
+        return DeviceMemory(nbytes, dtype=dtype, device=device, page_bytes=page_bytes)
+    return HostMemory(nbytes, dtype=dtype, page_bytes=page_bytes)

@@ -1,0 +1,106 @@
+"""The key-value cache on a device: the driver's own word on memory, and kernels that run while pages come and go.
+
+Shapes: R rows, N heads, H head dim.
+"""
+
+import pytest
+import torch
+
+from raygrow.infer.kv_cache import KvCache, Layout
+from raygrow.kernels.decode_attention import decode_attention
+from raygrow.nn.config import ModelConfig
+from tests.infer.test_kv_cache import LAYOUTS, Sequences, assert_holds, settle, write
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+# 64 tokens of one Block in 2 MiB
+CONFIG = ModelConfig(vocab_size=16, d_model=64, n_heads=64, head_dim=128, d_ff=32, blocks_per_stack=3)
+
+
+def make_cache(layout: Layout, *, strips: int, dtype: torch.dtype = torch.float32) -> KvCache:
+    tensors = 2 if layout == "interleaved" else 6
+    return KvCache(
+        CONFIG,
+        slots=6,
+        max_tokens=400,
+        dtype=dtype,
+        device="cuda",
+        budget_bytes=strips * tensors * 2**21,
+        layout=layout,
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_leaks_and_nothing_is_shared(layout: Layout) -> None:
+    cache = make_cache(layout, strips=12 if layout == "block" else 28)
+    sequences = Sequences(cache, seed=0)
+    for step in range(10_000):
+        sequences.operate()
+        if step % 50 == 0:
+            settle(cache)
+            sequences.check()
+    assert sequences.refused > 100
+    for slot in sequences.running:
+        cache.release(slot)
+    settle(cache)
+    cache.reclaim()
+    assert cache.usage.mapped_bytes == cache.usage.used_bytes
+    cache.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_device_counts_as_the_cache_does(layout: Layout, dtype: torch.dtype) -> None:
+    torch.zeros(1, device="cuda")
+    outside = torch.cuda.mem_get_info()[0]
+    cache = make_cache(layout, strips=40, dtype=dtype)
+
+    def taken() -> int:
+        return outside - torch.cuda.mem_get_info()[0]
+
+    assert cache.k[0].dtype == dtype
+    cache.reclaim()
+    floor = taken()
+    counted = cache.usage.mapped_bytes + cache.usage.spare_bytes
+    for slot in range(3):
+        assert cache.ensure(slot, 300)
+        write(cache, slot, 0, 300, value=slot)
+    for slot in range(3):
+        assert_holds(cache, slot, 300, value=slot)
+        cache.release(slot)
+    assert taken() - floor == cache.usage.mapped_bytes + cache.usage.spare_bytes - counted
+    cache.reclaim()
+    assert taken() == floor
+    cache.close()
+    assert taken() < floor
+
+
+def test_a_graph_is_replayed_while_pages_are_mapped() -> None:
+    """Rows without a sequence read the scratch slot; slots that have no memory at all are not touched."""
+    cache = make_cache("block", strips=60, dtype=torch.bfloat16)
+    slots_R = torch.full((4,), cache.scratch, device="cuda")
+    lengths_R = torch.ones(4, dtype=torch.int64, device="cuda")
+    q_RNH = torch.randn(4, 64, 128, device="cuda", dtype=torch.bfloat16)
+    decode_attention(q_RNH, cache.k[1], cache.v[1], slots_R, lengths_R)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_RNH = decode_attention(q_RNH, cache.k[1], cache.v[1], slots_R, lengths_R)
+    slots_R[:2] = torch.tensor([4, 2], device="cuda")
+    for length in range(1, 400):
+        for slot in (4, 2):
+            assert cache.ensure(slot, length)
+            write(cache, slot, length - 1, length, value=slot)
+            cache.map_ahead(slot, length + 16)
+        lengths_R[:2] = length
+        graph.replay()
+        torch.cuda.synchronize()
+    v = [100 * slot + CONFIG.n_blocks + 1 for slot in (4, 2)]  # as `write` numbers the tensors
+    assert_close(out_RNH[0], v[0])
+    assert_close(out_RNH[1], v[1])
+    assert not out_RNH[2:].any()
+    cache.close()
+
+
+def assert_close(found: torch.Tensor, value: float) -> None:
+    torch.testing.assert_close(found.float(), torch.full_like(found, value).float(), rtol=1e-2, atol=0)
