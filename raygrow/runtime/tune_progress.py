@@ -51,14 +51,14 @@ class Told(Callback):
     def on_trial_result(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """A trial has been evaluated."""
         if self._first is None:
-            self._first = time.monotonic(), self._work(trials)[0]
+            self._first = time.monotonic(), self._work(trials, [])[0]
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """A trial has ended, early or not."""
         result = trial.last_result
         how = "finished" if result.get("ends") else "stopped early"
         how = f"{how}, val {result.get('val_loss', math.nan):.4f}"
-        self._tell(trials, f"{self._trial(trial).name}: {result.get('failure') or how}")
+        self._tell(trials, f"{self._trial(trial).name}: {result.get('failure') or how}", ending=trial)
 
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """A trial has lost its process and is given another."""
@@ -66,13 +66,13 @@ class Told(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """A trial has lost its process for the last time."""
-        self._tell(trials, f"{self._trial(trial).name}: has lost its process too often, and is given up")
+        self._tell(trials, f"{self._trial(trial).name}: has lost its process too often, and is given up", ending=trial)
 
-    def _tell(self, trials: list[TuneTrial], what: str) -> None:
-        ended = sum(trial.is_finished() for trial in trials)
-        done, left = self._work(trials)
+    def _tell(self, trials: list[TuneTrial], what: str, *, ending: TuneTrial | None = None) -> None:
+        ended = [trial for trial in trials if trial.is_finished() or trial is ending]
+        done, left = self._work(trials, ended)
         share = done / (done + left) if done else 0.0
-        line = f"[{ended}/{self._total} ended, {share:.0%} of the FLOPs] {what}"
+        line = f"[{len(ended)}/{self._total} ended, {share:.0%} of the FLOPs] {what}"
         began, done_before = self._first or (0.0, done)
         if left and done > done_before:
             line += f" (about {duration(left / (done - done_before) * (time.monotonic() - began))} left)"
@@ -85,15 +85,11 @@ class Told(Callback):
         at = f" at {result['flops'] / found.flops:.0%}, val {result['val_loss']:.4f}" if "val_loss" in result else ""
         return found.name + at
 
-    def _work(self, trials: list[TuneTrial]) -> tuple[float, float]:
+    def _work(self, trials: list[TuneTrial], ended: list[TuneTrial]) -> tuple[float, float]:
         """FLOPs of the search, done and left; a trial that is not chosen yet counts as the longest there may be."""
-        reached, ended = dict.fromkeys(self._segments, 0.0), set()
-        for trial in trials:
-            name = self._trial(trial).name
-            reached[name] = trial.last_result.get("flops", 0.0)
-            if trial.is_finished():
-                ended.add(name)
-        done, left = work(self._segments, reached, ended)
+        reached = dict.fromkeys(self._segments, 0.0)
+        reached |= {self._trial(trial).name: trial.last_result.get("flops", 0.0) for trial in trials}
+        done, left = work(self._segments, reached, {self._trial(trial).name for trial in ended})
         return done, left + (self._total - len(reached)) * self._search.flops
 
     def _trial(self, trial: TuneTrial) -> Trial:
