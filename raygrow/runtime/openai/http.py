@@ -68,7 +68,7 @@ class Gate:
         if self._api_key is None or scope["path"] in OPEN_PATHS:
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
+        if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self._api_key.encode()):
             raise ApiError(
                 "the API key is missing or wrong; send it as the header Authorization: Bearer KEY",
                 status=401,
