@@ -51,7 +51,7 @@ class SpaceConfig:
     search: Literal["grid", "optuna"] = "grid"
     samples: PositiveInt = 20
     """Trials that Optuna chooses, besides the control and the formula's."""
-    space: dict[str, dict[str, list[Any]]]
+    space: dict[str, Any]
     """Dotted key of the run -> `{grid: [...]}`, `{choice: [...]}`, `{uniform: [low, high]}`, `{loguniform: ...}` or
     `{quniform: [low, high, step]}`."""
     control: bool = True
@@ -69,11 +69,12 @@ class SpaceConfig:
                 raise ValueError(f"space.{key}={values!r}: {problem}")
 
 
-def _problem(values: Mapping[str, list[Any]], search: str) -> str | None:
+def _problem(values: Any, search: str) -> str | None:
     """What is wrong with the values of one key."""
-    if len(values) != 1 or (kind := next(iter(values))) not in (*LISTS, *RANGES):
-        return f"must be exactly one of {', '.join((*LISTS, *RANGES))}, such as {{grid: [1, 2]}}"
-    numbers = values[kind]
+    one = isinstance(values, Mapping) and len(values) == 1
+    kind, numbers = next(iter(values.items())) if one else (None, None)
+    if kind not in (*LISTS, *RANGES) or not isinstance(numbers, list):
+        return f"must be exactly one of {', '.join((*LISTS, *RANGES))} with a list, such as {{grid: [1, 2]}}"
     if kind in LISTS:
         return None if numbers else "the list is empty"
     if search == "grid":

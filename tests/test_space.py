@@ -160,6 +160,8 @@ def test_a_trial_differs_from_the_run_by_its_values_alone() -> None:
         ({"plan.phases.base.tokens": {"grid": [1e12]}, SHARE: {"grid": [None]}}, "is used up by the phases before it"),
         ({SHARE: {"uniform": [0.1, 0.2]}}, "set search: optuna"),
         ({SHARE: {"gird": [0.1, 0.2]}}, "must be exactly one of grid, choice"),
+        ({SHARE: 0.1}, "must be exactly one of grid, choice"),
+        ({SHARE: {"grid": 0.1}}, "must be exactly one of grid, choice"),
         ({SHARE: {"grid": []}}, "the list is empty"),
         ({}, "name at least one key"),
     ],
