@@ -3,13 +3,14 @@
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
 
-import torch
-
 from raygrow.infer.kv_cache import KvCache
 from raygrow.infer.sequence import Sequence
 
 MIN_COPIED = 32
-"""Fewer tokens than this are computed again rather than copied: a copy is two small operations for each Block."""
+"""Fewer tokens than this are computed again rather than copied: a copy is not free either."""
+
+MAPPED_AHEAD = 32
+"""Tokens before the end of a page at which the next one is mapped: time for all slots to get theirs, one by one."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,12 @@ class Slots:
 
     def grow(self, sequence: Sequence) -> bool:
         """Gets memory for all tokens of a running sequence; False if there is not enough."""
-        assert sequence.slot is not None
-        return self._cache.ensure(sequence.slot, len(sequence.tokens))
+        slot, tokens = sequence.slot, len(sequence.tokens)
+        assert slot is not None
+        if not self._cache.ensure(slot, tokens):
+            return False
+        self._cache.map_ahead(slot, tokens + MAPPED_AHEAD)
+        return True
 
     def give_back(self, sequence: Sequence) -> None:
         """Ends the stay of a sequence; its keys and values stay readable until their memory is needed."""
@@ -97,13 +102,7 @@ class Slots:
         length = match.length
         if match.slot in self._left:  # memory for this slot may have been taken from that one
             length = min(length, self._cache.held(match.slot))
-        if length < MIN_COPIED:
-            return 0
-        for store in (*self._cache.k, *self._cache.v):
-            store[slot, :length] = store[match.slot, :length]
-        if self._cache.k[0].is_cuda:
-            torch.cuda.synchronize()  # the memory of an ended sequence may be taken for the next one at once
-        return length
+        return self._cache.copy(match.slot, slot, length) if length >= MIN_COPIED else 0
 
 
 def _better(best: _Match, slot: int, wanted: Row[int], tokens: Row[int], readable: int) -> _Match:

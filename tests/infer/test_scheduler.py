@@ -36,6 +36,14 @@ class CountingCache:
     def held(self, slot: int) -> int:
         return self.kept[slot]
 
+    def copy(self, source: int, target: int, tokens: int) -> int:
+        for store in (*self.k, *self.v):
+            store[target, :tokens] = store[source, :tokens]
+        return tokens
+
+    def map_ahead(self, slot: int, tokens: int) -> None:
+        assert slot in self.busy
+
 
 def make(*, slots: int = 3, budget: int = 1000, tokens: int = 100, reuse: bool = True) -> SimpleNamespace:
     cache = CountingCache(slots, budget)
