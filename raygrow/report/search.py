@@ -35,7 +35,8 @@ class Trial:
     values: dict[str, Any]
     """What the search chose, by dotted key."""
     status: str
-    """`finished`, `stopped` (early, as hopeless), `failed` or `in progress`."""
+    """`finished`, `stopped` (early, as hopeless), `failed`, or `in progress`; before a search has its results, that may
+    also be `stopped`."""
     val_loss: float | None
     flops: float
     is_control: bool
@@ -260,7 +261,8 @@ def _trials_so_far(folder: Path) -> list[Trial]:
         trial = Trial(
             name=run.name,
             values=values,
-            status=run.status,
+            # while it runs a trial says that it was stopped, since it may be at any moment
+            status="in progress" if run.status == "stopped" else run.status,
             val_loss=run.last("val_loss"),
             flops=run.last("flops") or 0.0,
             is_control=not run.is_grown,

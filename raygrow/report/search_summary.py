@@ -183,7 +183,7 @@ def _left_out(search: Search) -> list[str]:
     others = [
         (ends.count("stopped"), "was stopped early as hopeless", "were stopped early as hopeless"),
         (ends.count("failed"), "failed", "failed"),
-        (ends.count("in progress"), "is in progress", "are in progress"),
+        (ends.count("in progress"), "is in progress, or stopped early", "are in progress, or stopped early"),
     ]
     counts = [f"{count} {one if count == 1 else more}" for count, one, more in others if count]
     return [f"Of {many(len(ends), 'trial')}, {' and '.join(counts)}."] if counts else []
