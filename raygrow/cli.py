@@ -28,6 +28,8 @@ raygrow pre-trains language models by growth: train a small one, grow it, go on 
   look      raygrow report runs/tiny-gstack                   loss against FLOPs, growth checks, who won
             raygrow evaluate runs/tiny-gstack --data data/python_source
             raygrow generate runs/tiny-gstack --prompt "def "
+  serve     raygrow serve runs/tiny-gstack                    OpenAI's API and a page to chat, on Ray Serve
+            raygrow chat http://localhost:8000                or in the terminal
   export    raygrow export runs/tiny-gstack OUT --format hf   a folder for transformers
   by hand   raygrow grow SMALL BIG operator=gstack factor=2   grow any model folder
   plan      raygrow timing --params 7e9 --tokens 2e12         when to grow

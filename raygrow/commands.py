@@ -5,6 +5,7 @@ Imports of torch and Ray wait inside the functions, so that help and arithmetic 
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,85 @@ def generate(parsed: argparse.Namespace) -> int:
     return 0
 
 
+@_command(
+    _argument("models", "model folders or finished runs, and settings as KEY=VALUE", nargs="+", metavar="MODEL"),
+    _argument("--name", "what clients call the model; its folder's name when not given"),
+    _argument("--host", "where to listen; 0.0.0.0 lets other machines in", default="127.0.0.1"),
+    _argument("--port", "the port there", type=int, default=8000),
+    _argument("--yaml", "print the app as `serve deploy` takes it, start nothing", action="store_true"),
+)
+def serve(parsed: argparse.Namespace) -> int:
+    """Serve models to OpenAI clients and browsers.
+
+    Starts Ray Serve here, or joins the cluster of RAY_ADDRESS, and answers under /v1 like OpenAI's API; at / is a page
+    to chat. Each model has an engine with a key-value cache in virtual memory, and replicas that come and go with the
+    load. Ctrl-C lets answers finish, then stops. RAYGROW_API_KEY in the environment makes clients show it.
+
+    Examples:
+      raygrow serve runs/quickstart                                 http://localhost:8000, for this machine only
+      raygrow serve models/llama models/mixtral --port 9000         two models, by the names of their folders
+      raygrow serve runs/quickstart --name small engine_kwargs.max_num_seqs=16 engine_kwargs.dtype=float32
+      raygrow serve models/llama deployment_config.autoscaling_config.min_replicas=0
+                                                                    no replica while nobody asks
+      raygrow serve models/llama ingress.num_replicas=2 --yaml      a file for `serve deploy`
+      ray job submit --working-dir . -- python jobs/serve.py /mnt/raygrow/models/llama --host 0.0.0.0
+    """
+    import os
+
+    from raygrow.runtime.serve_config import as_yaml, read_config, serve_args
+
+    words = [word for word in parsed.models if "=" in word]
+    folders = [_named_folder(Path(word)) for word in parsed.models if "=" not in word]
+    args = serve_args(folders, dict(map(_setting, words)), name=parsed.name)
+    config = read_config(args)
+    if parsed.yaml:
+        print(as_yaml(args, host=parsed.host, port=parsed.port), end="")
+        return 0
+    from raygrow.runtime.serve import serve_models
+
+    return serve_models(config, host=parsed.host, port=parsed.port, api_key=os.environ.get("RAYGROW_API_KEY"))
+
+
+@_command(
+    _argument("place", "a server's URL, or a model folder or finished run", metavar="URL|MODEL"),
+    _argument("--model", "which of a server's models; its first when not given"),
+    _argument("--system", "what the model is told before the conversation"),
+    _argument("--tokens", "tokens of an answer at most", type=int, default=512),
+    _argument("--temperature", "0 takes the likeliest token", type=float, default=0.8),
+    _argument("--top-p", "share of likely tokens to draw from", type=float, default=0.95),
+    _argument("--seed", "the same seed gives the same answers", type=int),
+)
+def chat(parsed: argparse.Namespace) -> int:
+    """Talk to a model in the terminal.
+
+    With a server (raygrow's or any that speaks OpenAI's API; RAYGROW_API_KEY in the environment is shown to it), or
+    with a model that is loaded here. Ctrl-C stops an answer; /reset, /help and /quit are commands.
+
+    Examples:
+      raygrow chat http://localhost:8000
+      raygrow chat runs/quickstart --temperature 0
+    """
+    import os
+
+    from raygrow.runtime.chat import ChatConfig, Loaded, Server, chat
+
+    config = ChatConfig(
+        system=parsed.system,
+        temperature=parsed.temperature,
+        top_p=parsed.top_p,
+        max_tokens=parsed.tokens,
+        seed=parsed.seed,
+    )
+    if parsed.place.startswith(("http://", "https://")):
+        speaker = Server(parsed.place, model=parsed.model, api_key=os.environ.get("RAYGROW_API_KEY"))
+    else:
+        speaker = Loaded(_model_folder(Path(parsed.place)))
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` its arrow keys)
+    chat(speaker, config)
+    return 0
+
+
 def _setting(word: str) -> tuple[str, Any]:
     """Key and value of `key=value`."""
     import yaml
@@ -341,6 +421,11 @@ def _trained_seq_len(path: Path) -> int | None:
         return None
     run = from_yaml((path / "run.yaml").read_text())
     return list(run.plan.phases.values())[-1].seq_len or run.train.seq_len
+
+
+def _named_folder(path: Path) -> tuple[str, Path]:
+    """What a model is called when nobody says, and its folder."""
+    return path.resolve().name, _model_folder(path).resolve()
 
 
 def _model_folder(path: Path) -> Path:

@@ -58,7 +58,9 @@ class Page:
         """Waits for an expression to come true; gives its value."""
         deadline = time.monotonic() + seconds
         while not (value := self.value(expression)):
-            assert time.monotonic() < deadline, f"{expression}: still {value!r}\n{self.value('document.body.innerText')}"
+            assert time.monotonic() < deadline, (
+                f"{expression}: still {value!r}\n{self.value('document.body.innerText')}"
+            )
             time.sleep(POLL_SECONDS)
         return value
 
@@ -69,8 +71,8 @@ class Page:
     def click(self, selector: str) -> None:
         """Clicks in the middle of an element, where a finger would."""
         box = self.value(
-            f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoViewIfNeeded();"
+            " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
@@ -81,7 +83,8 @@ class Page:
 
     def press_enter(self) -> None:
         for kind in ("keyDown", "keyUp"):
-            self._call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
+            text = {"text": "\r"} if kind == "keyDown" else {}
+            self._call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, **text)
 
     def resize(self, width: int, height: int, *, dark: bool = False) -> None:
         """Shows the page as on a screen of this size."""

@@ -15,6 +15,9 @@ from click.testing import CliRunner
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli as ray_cli
+from ray.serve.schema import ServeDeploySchema
+
+from raygrow.runtime.serve_config import read_config
 
 ROOT = Path(__file__).parents[1]
 SHARED = "/mnt/raygrow"
@@ -23,8 +26,10 @@ CLUSTER = yaml.safe_load(TEXT)
 _, _, _COMMENT = TEXT.partition("# Other providers:")
 OTHERS = yaml.safe_load("\n".join(line[2:] for line in _COMMENT.splitlines()[1:]))
 KUBERAY = {
-    name: yaml.safe_load((ROOT / f"kuberay/{name}.yaml").read_text()) for name in ("storage", "raycluster", "rayjob")
+    name: yaml.safe_load((ROOT / f"kuberay/{name}.yaml").read_text())
+    for name in ("storage", "raycluster", "rayjob", "rayservice")
 }
+SERVE = yaml.safe_load((ROOT / "serve.yaml").read_text())
 DOCS = (ROOT / "docs/cluster.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", DOCS, flags=re.DOTALL)
 COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines()]
@@ -73,11 +78,17 @@ RAY_JOB = {
     "activeDeadlineSeconds": int,
     "rayClusterSpec": RAY_CLUSTER,
 }
+RAY_SERVICE = {
+    "upgradeStrategy": {"type": str},
+    "serveConfigV2": str,
+    "rayClusterConfig": RAY_CLUSTER,
+}
 CLAIM = {"accessModes": list, "storageClassName": str, "resources": {"requests": dict}}
 KINDS = {
     "storage": ("v1", "PersistentVolumeClaim", CLAIM),
     "raycluster": ("ray.io/v1", "RayCluster", RAY_CLUSTER),
     "rayjob": ("ray.io/v1", "RayJob", RAY_JOB),
+    "rayservice": ("ray.io/v1", "RayService", RAY_SERVICE),
 }
 
 
@@ -174,8 +185,34 @@ def test_kuberay_clusters_are_like_the_launcher_s() -> None:
     assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_pods_share_one_folder() -> None:
-    storage, spec = KUBERAY["storage"], KUBERAY["raycluster"]["spec"]
+def test_the_service_s_cluster_is_like_the_others() -> None:
+    spec = copy.deepcopy(KUBERAY["rayservice"]["spec"]["rayClusterConfig"])
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        (key,) = container.pop("env")
+        assert key["name"] == "RAYGROW_API_KEY"
+    (port,) = spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0].pop("ports")
+    assert port == {"containerPort": SERVE["http_options"]["port"], "name": "serve"}
+    other = copy.deepcopy(KUBERAY["raycluster"]["spec"])
+    del other["headGroupSpec"]["rayStartParams"]["resources"]  # a driver's, which a service has not
+    assert spec == other
+
+
+def test_serve_takes_both_files() -> None:
+    inside = yaml.safe_load(KUBERAY["rayservice"]["spec"]["serveConfigV2"])
+    assert inside["applications"] == SERVE["applications"]
+    assert (SERVE["http_options"]["host"], inside["http_options"]["host"]) == ("127.0.0.1", "0.0.0.0")
+    for tree in (SERVE, inside):
+        deployed = ServeDeploySchema.model_validate(tree)
+        (app,) = deployed.applications
+        assert app.import_path == "raygrow.runtime.serve:build"
+        assert read_config(app.args).llm_configs[0].model_loading_config.model_source.startswith(SHARED)
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayservice"])
+def test_pods_share_one_folder(name: str) -> None:
+    storage, spec = KUBERAY["storage"], KUBERAY[name]["spec"]
+    spec = spec.get("rayClusterConfig", spec)
     assert storage["spec"]["accessModes"] == ["ReadWriteMany"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]

@@ -1,0 +1,155 @@
+"""One replica of a model on Ray Serve: an engine, its health and its figures; and how many replicas there should be."""
+
+import asyncio
+import faulthandler
+import logging
+import math
+import os
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray.serve import metrics
+from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
+from ray.serve.config import AutoscalingContext
+
+from raygrow.infer.config import EngineConfig
+from raygrow.infer.engine import load_engine
+from raygrow.infer.loop import EngineLoop
+from raygrow.infer.request import Delta, Request
+
+logger = logging.getLogger("ray.serve")
+
+PIECES_PER_SECOND = 2000
+"""Pieces that a replica sends, of all its answers together. Each costs Ray a fraction of a millisecond, so that tokens
+come one by one while there are few answers, and several at once when there are many."""
+REPORT_SECONDS = 2.0
+HANGING_SECONDS = 300
+"""A process whose Python has not come to its reports for this long ends itself: no health check could end it."""
+SECONDS_TO_TELL = 1.0
+"""Between a failed health check and the end of the process."""
+GAUGES = {
+    "running": "Sequences that run",
+    "waiting": "Sequences that wait for a slot or for memory",
+    "kv_used_bytes": "Keys and values in use",
+    "kv_mapped_bytes": "Memory mapped for keys and values",
+    "kv_reclaimable_bytes": "Of that, what can be taken back at once",
+    "kv_budget_bytes": "Most that keys and values may take",
+    "preemptions": "Sequences that gave up their memory and began again, since the start",
+    "prefix_hit_tokens": "Tokens of prompts that were found in the cache, since the start",
+    "steps": "Steps of the engine, since the start",
+    "tokens": "Tokens made, since the start",
+}
+"""Figures of an engine that Ray's metrics show for every replica, as raygrow_engine_<name>."""
+
+
+class Replica:
+    """An engine that requests are sent to. Serve makes one in a process of its own.
+
+    Args:
+        folder: Of the model.
+        config: Of the engine.
+    """
+
+    def __init__(self, folder: str, config: EngineConfig) -> None:
+        self._loop = EngineLoop(load_engine(Path(folder), config))
+        self._answers = 0
+        self._gauges = {name: metrics.Gauge(f"raygrow_engine_{name}", text) for name, text in GAUGES.items()}
+        self._reports: asyncio.Task[None] | None = None
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        """An answer in pieces. Closing the iterator, as Serve does when the client has gone, frees its slot."""
+        self._answers += 1
+        try:
+            async for delta in _gathered(self._loop.generate(request), lambda: self._answers / PIECES_PER_SECOND):
+                yield delta
+        finally:
+            self._answers -= 1
+
+    async def check_health(self) -> None:
+        """Fails when the engine has died or is stuck. Then the process ends, and what waits for it is told.
+
+        Serve by itself would let a stuck replica keep its GPU until its last answer, which never comes.
+        """
+        if self._reports is None:
+            self._reports = asyncio.create_task(self._report())
+        try:
+            self._loop.check()
+        except Exception:
+            logger.exception("the engine does not work any more; this replica ends")
+            asyncio.get_running_loop().call_later(SECONDS_TO_TELL, os._exit, 1)
+            raise
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `engine_load` goes by."""
+        stats = self._loop.stats
+        return {"running": stats.running, "waiting": stats.waiting}
+
+    async def _report(self) -> None:
+        while True:
+            faulthandler.dump_traceback_later(HANGING_SECONDS, exit=True)  # by a thread that needs no Python
+            for name, gauge in self._gauges.items():
+                gauge.set(getattr(self._loop.stats, name))
+            await asyncio.sleep(REPORT_SECONDS)
+
+
+def engine_load(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """How many replicas there should be: requests, by what a replica can run.
+
+    That is the target, or what it runs now while others wait for memory. Serve applies bounds and delays.
+    """
+    wanted, state = replica_queue_length_autoscaling_policy(context)
+    figures = context.aggregated_metrics or {}
+    running, waiting = (figures.get(name, {}) for name in ("running", "waiting"))
+    short = [running[replica] for replica, count in waiting.items() if count >= 1 and running.get(replica, 0) >= 1]
+    if short and context.total_num_requests:
+        wanted = max(wanted, math.ceil(context.total_num_requests / (sum(short) / len(short))))
+    return wanted, state
+
+
+async def _gathered(deltas: AsyncIterator[Delta], pause: Callable[[], float]) -> AsyncIterator[Delta]:
+    """The first Delta at once, then those of each pause as one."""
+    arrived: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+
+    async def read() -> None:
+        try:
+            async for delta in deltas:
+                arrived.put_nowait(delta)
+            arrived.put_nowait(None)
+        except Exception as error:
+            arrived.put_nowait(error)
+
+    reader = asyncio.create_task(read())
+    try:
+        while True:
+            pieces = [await arrived.get()]
+            while not arrived.empty():
+                pieces.append(arrived.get_nowait())
+            if whole := [piece for piece in pieces if isinstance(piece, Delta)]:
+                yield merged(whole)
+            if pieces[-1] is None:
+                return
+            if isinstance(pieces[-1], Exception):
+                raise pieces[-1]
+            if arrived.empty():
+                await asyncio.sleep(pause())
+    finally:
+        reader.cancel()
+
+
+def merged(deltas: Iterable[Delta]) -> Delta:
+    """Several Deltas of one request, one after the other, as one."""
+    first, *rest = deltas
+    for delta in rest:
+        first = replace(
+            first,
+            token_ids=first.token_ids + delta.token_ids,
+            text=first.text + delta.text,
+            logprobs=first.logprobs + delta.logprobs,
+            prompt_logprobs=first.prompt_logprobs + delta.prompt_logprobs,
+            finish_reason=delta.finish_reason,
+            error=delta.error,
+            cached_tokens=max(first.cached_tokens, delta.cached_tokens),
+        )
+    return first

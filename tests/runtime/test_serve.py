@@ -1,0 +1,263 @@
+"""Served models under load and under faults: nothing lost or mixed up, and what is lost is told."""
+
+import asyncio
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from raygrow.data.corpus import FilesCorpus
+from raygrow.infer.config import EngineConfig
+from raygrow.infer.engine import load_engine
+from raygrow.infer.request import Request
+from raygrow.infer.sampling import Sampling
+from raygrow.runtime.serve import APP, build
+from tests.runtime.driver import driver
+from tests.runtime.serving import (
+    Answer,
+    client,
+    complete,
+    events,
+    free_port,
+    load,
+    random_model,
+    replica_processes,
+    replicas,
+    until,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+QUICK_SCALING = {"look_back_period_s": 3, "upscale_delay_s": 1, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 2}
+CPUS = 0.5
+LONG = 900
+"""Tokens of an answer that takes seconds."""
+
+
+@pytest.fixture(scope="module")
+def model(corpus: FilesCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("models") / "small", Path(corpus.path) / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def url(ray: None) -> Iterator[str]:
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+def described(model: Path, *, name: str = "small", engine: dict[str, Any] | None = None, **deployment: Any) -> dict:
+    """One of `llm_configs`."""
+    return {
+        "model_loading_config": {"model_id": name, "model_source": str(model)},
+        "engine_kwargs": engine or {},
+        "deployment_config": {
+            "ray_actor_options": {"num_cpus": CPUS},
+            "health_check_period_s": 1,
+            "graceful_shutdown_timeout_s": 60,
+            **deployment,
+        },
+    }
+
+
+@pytest.fixture
+def deploy(url: str) -> Iterator[Callable[..., str]]:
+    """Starts an app of models; it goes when the test has ended."""
+
+    def start(*models: dict) -> str:
+        args = {"llm_configs": list(models), "ingress": {"num_cpus": CPUS}}
+        serve.run(build(args), name=APP, route_prefix="/")
+        return url
+
+    yield start
+    serve.delete(APP)
+
+
+def alone(model: Path, bodies: list[dict[str, Any]]) -> list[str]:
+    """What each request comes to when nothing else runs: one after the other, in this process."""
+    engine = load_engine(model, EngineConfig(max_num_seqs=1, enable_prefix_caching=False))
+    texts = []
+    for i, body in enumerate(bodies):
+        sampling = Sampling(max_tokens=body["max_tokens"], temperature=body["temperature"], seed=body["seed"])
+        prompt = tuple(engine.tokenizer.encode(body["prompt"], special_tokens=True))
+        engine.add(Request(id=str(i), prompt=prompt, sampling=sampling))
+        texts.append("")
+        while engine.has_work:
+            texts[-1] += "".join(delta.text for delta in engine.step())
+    return texts
+
+
+def test_hundreds_of_streams_are_not_mixed_up(deploy: Callable[..., str], model: Path) -> None:
+    url = deploy(described(model, engine={"max_num_seqs": 64}, max_ongoing_requests=600))
+    bodies = [
+        {"prompt": f"def stream_{i}(", "temperature": min(1, i % 8), "seed": i, "max_tokens": 8 + i % 17}
+        for i in range(500)
+    ]
+
+    async def all_at_once() -> list[Answer]:
+        async with client() as session:
+            return await asyncio.gather(*(complete(session, url, model="small", **body) for body in bodies))
+
+    answers = asyncio.run(all_at_once())
+    assert all(answer.whole for answer in answers), [answer for answer in answers if not answer.whole][:3]
+    expected = alone(model, bodies)
+    assert len(set(expected)) > 400
+    assert [answer.text for answer in answers] == expected
+    assert load("small") == (0, 0)
+    assert metric("raygrow_engine_tokens", "engine-small") > 0
+
+
+def metric(name: str, deployment: str) -> float:
+    """A figure of one replica, as Prometheus would read it from this node."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    pattern = re.compile(rf'^ray_{name}{{.*deployment="{deployment}".*replica="\w+".*}} (\S+)$', re.MULTILINE)
+    deadline = time.monotonic() + 30
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            found = pattern.findall(answer.read().decode())
+        if found and float(found[-1]) > 0:
+            return float(found[-1])
+        assert time.monotonic() < deadline, f"{name} of {deployment} is not among Ray's metrics"
+        time.sleep(1)
+
+
+def test_a_killed_replica_is_told_and_replaced(deploy: Callable[..., str], model: Path) -> None:
+    url = deploy(described(model))
+
+    async def kill_in_mid_stream() -> tuple[Answer, Answer]:
+        async with client() as session:
+            cut = Answer()
+            async for _ in events(session, url, cut, model="small", prompt="def ", max_tokens=LONG, ignore_eos=True):
+                if cut.text and (processes := replica_processes("small")):
+                    for process in processes:
+                        process.kill()
+            return cut, await complete(session, url, model="small", prompt="def ", max_tokens=8)
+
+    cut, after = asyncio.run(kill_in_mid_stream())
+    assert cut.text
+    assert cut.error
+    assert set(cut.error) == {"message", "type", "param", "code"}
+    assert "lost" in cut.error["message"]
+    assert after.whole, after
+
+
+def test_a_replica_that_hangs_is_replaced(deploy: Callable[..., str], model: Path) -> None:
+    url = deploy(described(model, health_check_timeout_s=1, graceful_shutdown_timeout_s=1))
+    (process,) = replica_processes("small")
+    process.send_signal(signal.SIGSTOP)
+
+    async def ask() -> Answer:
+        async with client() as session:
+            await until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, seconds=60)
+            return await complete(session, url, model="small", prompt="def ", max_tokens=8)
+
+    assert asyncio.run(ask()).whole
+
+
+def test_clients_that_vanish_free_their_slots(deploy: Callable[..., str], model: Path) -> None:
+    url = deploy(described(model, engine={"max_num_seqs": 2}))
+
+    async def vanish() -> float:
+        async with client() as session:
+            for _ in range(3):  # one more than there are slots
+                answer = Answer()
+                stream = events(session, url, answer, model="small", prompt="a", max_tokens=LONG, ignore_eos=True)
+                await anext(stream)
+                assert sum(await asyncio.to_thread(load, "small")) == 1
+                await session._connector.close()  # the sockets, not the requests: nobody says goodbye
+                left = time.monotonic()
+                await until(lambda: load("small") == (0, 0), seconds=1)
+                session._connector = aiohttp.TCPConnector(limit=0)
+                await stream.aclose()
+            return time.monotonic() - left
+
+    assert asyncio.run(vanish()) < 1
+
+
+def test_replicas_follow_the_load(deploy: Callable[..., str], model: Path) -> None:
+    scaling = {"min_replicas": 0, "max_replicas": 2, "target_ongoing_requests": 3, **QUICK_SCALING}
+    url = deploy(described(model, autoscaling_config=scaling))
+    assert replicas("small") == 0
+    answers: list[Answer] = []
+    wanted = 0
+
+    async def worker(session: aiohttp.ClientSession, number: int) -> None:
+        while number < wanted:
+            body = {"prompt": f"n = {number}", "max_tokens": 200, "seed": number, "ignore_eos": True}
+            answers.append(await complete(session, url, model="small", **body))
+
+    async def rise_and_fall() -> None:
+        nonlocal wanted
+        async with client() as session:
+            answers.append(await complete(session, url, model="small", prompt="a", max_tokens=4))  # from zero
+            wanted = 8
+            workers = [asyncio.create_task(worker(session, number)) for number in range(wanted)]
+            await until(lambda: replicas("small") == 2, seconds=60)
+            wanted = 1
+            await until(lambda: replicas("small") == 1, seconds=60)
+            await asyncio.sleep(1)
+            wanted = 0
+            await asyncio.gather(*workers)
+            await until(lambda: replicas("small") == 0 and not replica_processes("small"), seconds=60)
+            answers.append(await complete(session, url, model="small", prompt="a", max_tokens=4))
+
+    asyncio.run(rise_and_fall())
+    assert len(answers) > 10
+    assert all(answer.whole for answer in answers), [answer for answer in answers if not answer.whole][:3]
+
+
+def test_who_comes_too_much_is_told_when_to_come_again(deploy: Callable[..., str], model: Path) -> None:
+    few = {"max_ongoing_requests": 1, "max_queued_requests": 1, "retry_after_s": 7}
+    url = deploy(described(model, engine={"max_num_seqs": 1}, **few))
+
+    async def too_many() -> list[Answer]:
+        body = {"model": "small", "prompt": "a", "max_tokens": 300, "ignore_eos": True}
+        async with client() as session:
+            return await asyncio.gather(*(complete(session, url, **body) for _ in range(8)))
+
+    answers = asyncio.run(too_many())
+    refused = [answer for answer in answers if not answer.whole]
+    assert len(answers) - len(refused) >= 2
+    assert refused
+    for answer in refused:
+        assert (answer.status, answer.headers["Retry-After"]) == (429, "7")
+        assert answer.error
+        assert answer.error["message"] == "too many requests; try again in 7 s"
+
+
+def test_several_models_in_one_app(deploy: Callable[..., str], model: Path, corpus: FilesCorpus) -> None:
+    other = random_model(model.parent / "other", Path(corpus.path) / "tokenizer", seed=1)
+    url = deploy(described(model), described(other, name="org/other"))
+    body = {"prompt": "import ", "temperature": 0, "seed": 0, "max_tokens": 12}
+
+    async def ask() -> list[str]:
+        async with client() as session:
+            async with session.get(f"{url}/v1/models") as response:
+                assert [entry["id"] for entry in (await response.json())["data"]] == ["small", "org/other"]
+                assert "access-control-allow-origin" not in response.headers
+            return [(await complete(session, url, model=name, **body)).text for name in ("small", "org/other")]
+
+    first, second = asyncio.run(ask())
+    assert first != second
+    assert [first, second] == [alone(model, [body])[0], alone(other, [body])[0]]
+
+
+def test_the_command_does_not_listen_where_it_cannot(url: str, model: Path, tmp_path: Path) -> None:
+    with driver(tmp_path, "serve", str(model), "--port", str(free_port())) as server:
+        assert server.wait() == 2
+        assert "Ray Serve runs on this cluster already, and listens elsewhere" in server.said()
+    assert APP not in serve.status().applications
+    with driver(
+        tmp_path, "serve", str(model), "--port", url.rpartition(":")[2], "engine_kwargs.max_num_seq=1"
+    ) as server:
+        assert server.wait() == 2
+        assert "Did you mean llm_configs[0].engine_kwargs.max_num_seqs?" in server.said()

@@ -1,0 +1,34 @@
+"""`raygrow serve` from its start to its end, on a Ray where Serve does not run yet."""
+
+import asyncio
+import signal
+from pathlib import Path
+
+import pytest
+
+from raygrow.data.corpus import FilesCorpus
+from tests.runtime.driver import Driver, driver
+from tests.runtime.serving import Answer, client, events, free_port, random_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+def test_answers_finish_before_it_stops(ray: None, corpus: FilesCorpus, tmp_path: Path) -> None:
+    model, port = random_model(tmp_path / "model", Path(corpus.path) / "tokenizer"), free_port()
+    options = ["deployment_config.ray_actor_options={num_cpus: 0.5}", "ingress.num_cpus=0.5", "--port", str(port)]
+    with driver(tmp_path, "serve", str(model), "--name", "tiny", *options) as server:
+        server.until(lambda: f"http://localhost:{port}/v1" in server.said())
+        answer = asyncio.run(stopped_in_mid_stream(server, f"http://127.0.0.1:{port}"))
+        assert answer.whole, (answer, server.said())
+        assert server.wait() == 0
+
+
+async def stopped_in_mid_stream(server: Driver, url: str) -> Answer:
+    """An answer during which the server is told to stop."""
+    answer, told = Answer(), False
+    async with client() as session:
+        async for _ in events(session, url, answer, model="tiny", prompt="a", max_tokens=900, ignore_eos=True):
+            if answer.text and not told:
+                server.process.send_signal(signal.SIGTERM)
+                told = True
+    return answer
