@@ -30,7 +30,8 @@ SPARE_STRIPS = 2
 """Physical memory that a device keeps created ahead, for sequences that need a page at once."""
 
 Layout = Literal["block", "interleaved"]
-"""Where a token's keys of different Blocks lie: each Block in a tensor of its own, or side by side in one tensor.
+"""Where a token's keys and values lie, which are always side by side: those of each Block in a tensor of its own, or
+those of all Blocks in one tensor.
 
 A page of the first holds many tokens of one Block, which is fast to read; a page of the second few tokens of all
 Blocks, which wastes less memory on the last, half-empty page of a sequence."""
@@ -118,8 +119,8 @@ class KvCache:
         written and read."""
         self.max_tokens = max_tokens
         interleaved = layout == "interleaved"
-        self._tensors = 2 if interleaved else 2 * config.n_blocks
-        self._token_bytes = config.n_kv_heads * config.head_dim * dtype.itemsize
+        self._tensors = 1 if interleaved else config.n_blocks
+        self._token_bytes = 2 * config.n_kv_heads * config.head_dim * dtype.itemsize
         if interleaved:
             self._token_bytes *= config.n_blocks
         device = _whole(torch.device(device))
@@ -276,14 +277,13 @@ class KvCache:
     ) -> tuple[list[Tensor], list[Tensor]]:
         flat, heads = self._memory.flat, shape[2] * shape[3]
         row = self._row_bytes // flat.itemsize
-        stride = row, heads * (blocks if interleaved else 1), shape[3], 1
+        stride = row, 2 * heads * (blocks if interleaved else 1), shape[3], 1
 
-        def view(tensor: int, block: int) -> Tensor:
-            return flat.as_strided(shape, stride, tensor * shape[0] * row + block * heads)
+        def view(block: int, part: int) -> Tensor:
+            start = 2 * block * heads if interleaved else block * shape[0] * row
+            return flat.as_strided(shape, stride, start + part * heads)
 
-        if interleaved:
-            return [view(0, block) for block in range(blocks)], [view(1, block) for block in range(blocks)]
-        return [view(2 * block, 0) for block in range(blocks)], [view(2 * block + 1, 0) for block in range(blocks)]
+        return [view(block, 0) for block in range(blocks)], [view(block, 1) for block in range(blocks)]
 
     def _grow(self, row: _Row, pages: int, *, urgent: bool) -> bool:
         """Maps a row's pages up to a number, taking others back if it must."""

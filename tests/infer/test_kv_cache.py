@@ -18,16 +18,16 @@ from raygrow.nn.config import ModelConfig
 from tests.infer import fake_driver
 from tests.infer.fake_driver import FakeDriver
 
-CONFIG = ModelConfig(vocab_size=16, d_model=32, n_heads=4, n_kv_heads=2, d_ff=32, blocks_per_stack=3)
+CONFIG = ModelConfig(vocab_size=16, d_model=16, n_heads=4, n_kv_heads=2, d_ff=32, blocks_per_stack=3)
 LAYOUTS: list[Layout] = ["block", "interleaved"]
 PAGE = mmap.PAGESIZE
-TOKEN = 2 * 8 * 4
-"""Bytes of a token's keys in one Block."""
+TOKEN = 2 * 2 * 4 * 4
+"""Bytes of a token's keys and values in one Block: a page holds 64 of them."""
 
 
 def strip_bytes(layout: Layout) -> int:
     """Of one page in every tensor."""
-    return PAGE * (2 if layout == "interleaved" else 2 * CONFIG.n_blocks)
+    return PAGE * (1 if layout == "interleaved" else CONFIG.n_blocks)
 
 
 def make_cache(
@@ -87,10 +87,10 @@ def assert_holds(cache: KvCache, slot: int, tokens: int, value: int) -> None:
 def test_tensors_are_virtual_and_apart(layout: Layout, dtype: torch.dtype) -> None:
     cache = make_cache(layout, slots=64, max_tokens=1_000_000, dtype=dtype)
     before = resident_bytes(cache.k[0])
-    assert [tensor.shape for tensor in (*cache.k, *cache.v)] == [(65, 1_000_000, 2, 8)] * 6
-    assert all(tensor.dtype == dtype and tensor.stride()[2:] == (8, 1) for tensor in (*cache.k, *cache.v))
+    assert [tensor.shape for tensor in (*cache.k, *cache.v)] == [(65, 1_000_000, 2, 4)] * 6
+    assert all(tensor.dtype == dtype and tensor.stride()[2:] == (4, 1) for tensor in (*cache.k, *cache.v))
     assert before == cache.usage.mapped_bytes == strip_bytes(layout)  # the scratch slot's
-    # 65 x 1M x 6 tensors, of which the first tokens of one slot become real
+    # 65 x 1M tokens, of which the first tokens of one slot become real
     assert cache.ensure(63, 10)
     write(cache, 63, 0, 10, value=1)
     assert_holds(cache, 63, 10, value=1)
@@ -165,7 +165,7 @@ def test_mapping_ahead_is_one_page_and_gives_way(driver: FakeDriver | None) -> N
     assert cache.usage.reclaimable_bytes == strip_bytes("block")
     assert cache.ensure(1, 128)
     assert cache.ensure(0, 100)  # as was foreseen
-    assert cache.usage.maps == 5 * 6
+    assert cache.usage.maps == 5 * 3
     cache.release(1)
     assert cache.ensure(2, 10)
     cache.map_ahead(2, 100)
@@ -198,7 +198,7 @@ def test_copies_what_can_still_be_read(layout: Layout) -> None:
 
 
 def test_wrong_use_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"budget_bytes=24,576: .* at least 49,152 \(6 tensors"):
+    with pytest.raises(ValueError, match=r"budget_bytes=12,288: .* at least 24,576 \(3 tensors"):
         make_cache(strips=1)
     with pytest.raises(ValueError, match="page_bytes=1000: must be a multiple"):
         KvCache(CONFIG, slots=1, max_tokens=9, dtype=torch.float32, device="cpu", budget_bytes=10**9, page_bytes=1000)
@@ -228,7 +228,7 @@ def test_the_device_is_done_before_pages_go(monkeypatch: pytest.MonkeyPatch) -> 
     cache.reclaim()
     assert driver.calls[0] == "wait"
     assert driver.calls.count("wait") == 1
-    assert driver.calls.count("unmap") == 12
+    assert driver.calls.count("unmap") == 6
     cache.close()
     assert not driver.handles
 
@@ -238,8 +238,8 @@ def test_access_is_set_once_for_pages_in_a_row(monkeypatch: pytest.MonkeyPatch) 
     cache = make_cache()
     driver.calls.clear()
     cache.ensure(0, 300)
-    assert driver.calls.count("map") == 5 * 6
-    assert driver.calls.count("set_access") == 6
+    assert driver.calls.count("map") == 5 * 3
+    assert driver.calls.count("set_access") == 3
     assert driver.mapped.keys() == driver.accessible
     cache.close()
 
@@ -247,7 +247,7 @@ def test_access_is_set_once_for_pages_in_a_row(monkeypatch: pytest.MonkeyPatch) 
 def test_a_device_with_less_memory_than_the_budget_makes_do(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake_driver.use(driver := FakeDriver(most_pages=6 * 4), monkeypatch)
+    fake_driver.use(driver := FakeDriver(most_pages=3 * 4), monkeypatch)
     cache = make_cache()
     assert cache.ensure(0, 128)
     cache.release(0)

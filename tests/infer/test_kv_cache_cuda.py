@@ -14,11 +14,11 @@ from tests.infer.test_kv_cache import LAYOUTS, Sequences, assert_holds, settle, 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 # 64 tokens of one Block in 2 MiB
-CONFIG = ModelConfig(vocab_size=16, d_model=64, n_heads=64, head_dim=128, d_ff=32, blocks_per_stack=3)
+CONFIG = ModelConfig(vocab_size=16, d_model=64, n_heads=32, head_dim=128, d_ff=32, blocks_per_stack=3)
 
 
 def make_cache(layout: Layout, *, strips: int, dtype: torch.dtype = torch.float32) -> KvCache:
-    tensors = 2 if layout == "interleaved" else 6
+    tensors = 1 if layout == "interleaved" else 3
     return KvCache(
         CONFIG,
         slots=6,
@@ -84,7 +84,7 @@ def test_a_graph_is_replayed_while_pages_are_mapped() -> None:
     cache = make_cache("block", strips=60, dtype=torch.bfloat16)
     slots_R = torch.full((4,), cache.scratch, device="cuda")
     lengths_R = torch.ones(4, dtype=torch.int64, device="cuda")
-    q_RNH = torch.randn(4, 64, 128, device="cuda", dtype=torch.bfloat16)
+    q_RNH = torch.randn(4, 32, 128, device="cuda", dtype=torch.bfloat16)
     decode_attention(q_RNH, cache.k[1], cache.v[1], slots_R, lengths_R)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
