@@ -1,6 +1,7 @@
 """One trial of a search, in the process that Ray Tune has given it."""
 
 import math
+import os
 import threading
 import uuid
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ def train_trial(
         data: Prepared data folder.
         trunks: The actor that hands out segments.
     """
+    # a process is given the next trial when the thread of the one before has ended; Tune's 2 seconds can be too few
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
     trial = search.trial_of(point)
     resources = tune.get_context().get_trial_resources().required_resources
     torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
