@@ -2,9 +2,14 @@
 
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
+import pytest
+
+from raygrow.runtime.openai.app import ApiConfig, make_app
+from tests.runtime.openai.local import LocalModel, served
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 ODD: tuple[Any, ...] = (
@@ -67,6 +72,13 @@ class Fuzzer:
             at = draw.randrange(len(value))
             return [*value[:at], self._spoiled(value[at]), *value[at + 1 :]]
         return draw.choice(ODD)
+
+
+@pytest.fixture
+def url(model: LocalModel) -> Iterator[str]:
+    """Of a server whose answers are short: of some bodies, what is left after the fuzzing is quite valid."""
+    with served(make_app({model.id: model}, ApiConfig(max_tokens=4))) as address:
+        yield address
 
 
 def test_a_thousand_malformed_bodies_are_never_the_servers_fault(url: str) -> None:
