@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raygrow.infer.budget import cache_budget
 from raygrow.infer.config import EngineConfig
+from raygrow.infer.graphs import can_record
 from raygrow.infer.kv_cache import KvCache
 from raygrow.infer.output import Output
 from raygrow.infer.request import Delta, FinishReason, Logprob, Request
@@ -83,8 +84,7 @@ class Engine:
                 f"max_model_len={wanted}: kv_cache_memory_bytes={self._cache.usage.budget_bytes} holds a sequence of "
                 f"{self.max_model_len} tokens; lower the one or raise the other"
             )
-        cuda = model.embedding.weight.is_cuda
-        graphs = min(config.max_num_seqs, LARGEST_GRAPH) if cuda and not config.enforce_eager else 0
+        graphs = min(config.max_num_seqs, LARGEST_GRAPH) if can_record(model) and not config.enforce_eager else 0
         self._runner = Runner(model.eval(), self._cache, graphs=graphs)
         slots = Slots(self._cache, config.max_num_seqs, reuse=config.enable_prefix_caching)
         self._scheduler = Scheduler(slots, config.max_num_batched_tokens)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from raygrow.infer.attention import Decodes, cache_attends
 from raygrow.infer.kv_cache import KvCache
+from raygrow.kernels.grouped_mm import ALIGNMENT
 from raygrow.nn.rack import Rack
 
 
@@ -15,6 +16,13 @@ def graph_sizes(largest: int) -> list[int]:
     """Numbers of rows that graphs are made for: few enough to record soon, so many that little is filled up."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, largest, 32)]
     return [size for size in sizes if size < largest] + [largest]
+
+
+def can_record(model: Rack) -> bool:
+    """Whether nothing in the model waits for the device, as grouped products without a kernel do."""
+    config, weight = model.config, model.embedding.weight
+    aligned = config.d_model % ALIGNMENT == config.d_expert % ALIGNMENT == 0
+    return weight.is_cuda and (not config.n_experts or (weight.dtype == torch.bfloat16 and aligned))
 
 
 class DecodeGraphs:
