@@ -151,6 +151,7 @@ class Search:
         searched = (name for name in spent if f"plan.phases.{base.name}.{name}" in self.space.space)
         unit = next(searched, "share")
         own[f"plan.phases.{base.name}.{unit}"] = float(f"{spent[unit]:.4g}")
+        own = {key: own[key] for key in self.space.space if key in own} | own
         return Trial(name, own, replace(run, name=name, plan=plan), phases, formula=True)
 
     def _resolved(self, values: Mapping[str, Any]) -> tuple[RunConfig, tuple[Phase, ...]]:

@@ -19,6 +19,7 @@ from raygrow.report.search_savings import speedup
 COLORS = (*GROWN, "#7a8b00", "#8a5a44")
 TIMING = (".share", ".tokens", ".flops", ".steps")
 """Ends of the keys of a phase that say when to grow."""
+MILLION = 1e6
 WIDE = 6.0
 """A range of positive values this many times its start is drawn on a logarithmic axis."""
 
@@ -102,7 +103,9 @@ def draw_budgets(axes: Axes, contests: Sequence[Contest]) -> None:
         ends = [(contest.flops, s.loss) for contest in contests if (s := arm(contest)) and s.loss]
         if ends:
             _draw_line(axes, ends, color, name)
-    _logarithmic(axes, units.flops)
+    axes.set_xscale("log")
+    axes.set_xticks([contest.flops for contest in contests], [units.flops(contest.flops) for contest in contests])
+    axes.minorticks_off()
     axes.set(title="Loss at the end of each budget", xlabel="budget, FLOPs", ylabel="validation, nats per token")
     axes.legend(loc="best")
 
@@ -128,7 +131,9 @@ def layout(contest: Contest) -> Layout:
 
 def shown(value: Any) -> str:
     """A value of the space as text: numbers short."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < MILLION else f"{value:.4g}"
+    return str(value)
 
 
 def _keys(settings: Sequence[Setting]) -> list[str]:
