@@ -52,12 +52,12 @@ def grouped_mm_twin(x_SD: Tensor, weight_EFD: Tensor, offsets_E: Tensor, bias_EF
     """The torch twin of `grouped_mm`; same contract, except that it waits for the offsets."""
     if x_SD.is_cuda:
         _warn_once(x_SD.dtype, tuple(weight_EFD.shape[1:]))
-    return torch.cat(
-        [
-            F.linear(x_SD[rows], weight_EFD[e], None if bias_EF is None else bias_EF[e])
-            for e, rows in enumerate(_slices(offsets_E))
-        ]
-    )
+    parts = [
+        F.linear(x_SD[rows], weight_EFD[e], None if bias_EF is None else bias_EF[e])
+        for e, rows in enumerate(_slices(offsets_E))
+        if rows.start < rows.stop  # of few tokens, as in generation, most experts have none
+    ]
+    return torch.cat(parts) if parts else x_SD.new_empty(0, weight_EFD.shape[1])
 
 
 @grouped_mm_twin.register_fake
