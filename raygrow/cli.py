@@ -68,10 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, rest = parser.parse_known_args(words)
     composed = words[0] in ("prepare", "train", "tune")
     # settings may also follow options, where argparse does not know them for what they are
-    if unknown := [word for word in rest if not composed or word.startswith("-")]:
+    takes_settings = composed or words[0] == "serve"
+    if unknown := [word for word in rest if not takes_settings or word.startswith("-")]:
         parser.error(f"{' '.join(unknown)}: not understood, see `raygrow {words[0]} --help`")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("raygrow").setLevel(logging.INFO)
+    if words[0] == "serve":
+        parsed.models += rest
     try:
         if not composed:
             return _explained(lambda: parsed.run(parsed))

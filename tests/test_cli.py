@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ from raygrow.cli import main
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
+from raygrow.runtime.serve import check_port
+from raygrow.runtime.serve_config import read_config
 from raygrow.train.config import TrainConfig
 from raygrow.weights.folder import load_model, open_folder, write_folder
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("prepare", "train", "grow", "timing", "evaluate", "export", "report", "generate")
+COMMANDS = ("prepare", "train", "grow", "timing", "evaluate", "export", "report", "generate", "serve", "chat")
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +120,18 @@ def test_wrong_settings_are_named(words: list[str], named: str, capsys: pytest.C
         (["export", "nowhere", "out"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["generate", "nowhere"], "nowhere"),
+        (["serve", "nowhere"], "nowhere"),
+        (
+            ["serve", "nowhere", "engine_kwargs.max_num_seq=1"],
+            "Did you mean llm_configs[0].engine_kwargs.max_num_seqs?",
+        ),
+        (["serve", "nowhere", "engine_kwargs.dtype=int8"], "engine_kwargs.dtype='int8'"),
+        (["serve", "nowhere", "--name", "a", "deployment_config.autoscaling_config.min_replicas=2"], "min_replicas=2"),
+        (["serve", "a/nowhere", "b/nowhere"], "model_id='nowhere'"),
+        (["serve", "a", "b", "--name", "both"], "--name both"),
+        (["serve", "nowhere", "api.max_request_bytes=0"], "max_request_bytes=0"),
+        (["chat", "nowhere"], "nowhere"),
+        (["chat", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9/v1"),
         (["prepare", "data=files", "data.files=nowhere.txt"], "nowhere.txt"),
     ],
 )
@@ -233,6 +248,27 @@ def test_a_format_that_cannot_hold_the_grown_model_is_named(small: Path, capsys:
     words = ["operator=experts", "norm_topk_prob=false", "format=hf"]
     assert "norm_topk_prob=False: a Hugging Face Mixtral" in failed(capsys, "grow", str(small), "big", *words)
     assert not Path("big").exists()
+
+
+def test_the_yaml_of_a_served_model_is_what_serve_takes(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(small), "engine_kwargs.max_num_seqs=8", "--port", "9000", "--yaml", "ingress.num_replicas=2"]
+    assert main(["serve", *words]) == 0
+    file = yaml.safe_load(capsys.readouterr().out)
+    assert file["http_options"] == {"host": "127.0.0.1", "port": 9000}
+    (app,) = file["applications"]
+    config = read_config(app["args"])
+    assert config.ingress.num_replicas == 2
+    assert config.llm_configs[0].engine_kwargs.max_num_seqs == 8
+    assert (config.llm_configs[0].model_id, config.llm_configs[0].model_loading_config.folder) == ("small", small)
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} of 127.0.0.1 is taken; choose another with --port"):
+            check_port("127.0.0.1", port)
 
 
 def test_nothing_is_written_over(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,34 @@ def run(command: list[str], folder: Path) -> str:
         line = [str(Path(sys.executable).with_name("raygrow")), *arguments]
     else:
         line = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    if arguments[:1] == ["serve"]:
+        return serve(line, folder)
+    typed = "Hello\n/quit\n" if arguments[:1] == ["chat"] else None
+    done = subprocess.run(line, cwd=folder, input=typed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+SERVERS: list[subprocess.Popen[str]] = []
+
+
+def serve(line: list[str], folder: Path) -> str:
+    """Starts a server, which goes on; gives what it says when it is ready."""
+    server = subprocess.Popen(line, cwd=folder, stderr=subprocess.PIPE, text=True)
+    SERVERS.append(server)
+    assert server.stderr
+    for said in server.stderr:
+        if "/v1" in said:
+            return said
+    raise AssertionError(f"{shlex.join(line)} ended with {server.wait()}")
+
+
+@pytest.fixture
+def _servers_end() -> Iterator[None]:
+    yield
+    for server in SERVERS:
+        server.terminate()
+        server.communicate()
 
 
 def test_the_make_targets_exist() -> None:
@@ -41,6 +67,7 @@ def test_commands_that_only_look(command: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("_servers_end")
 def test_commands_that_work(tmp_path: Path) -> None:
     outputs = {
         command[1]: run(command, tmp_path) for command in COMMANDS if command[0] == "raygrow" and command not in QUICK
@@ -48,6 +75,9 @@ def test_commands_that_work(tmp_path: Path) -> None:
     assert "at equal compute" in outputs["train"].lower()
     assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 10_000
     assert outputs["generate"].startswith("def ")
+    assert "http://localhost:8000" in outputs["serve"]
+    assert outputs["chat"].startswith("quickstart. ")
+    assert " tokens · " in outputs["chat"]
     assert (tmp_path / "out/llama-x2/config.json").exists()
 
 

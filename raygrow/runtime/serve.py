@@ -81,8 +81,9 @@ class Served:
                     reason = f"{self.id}: the replica that wrote this answer was lost; ask again"
                     yield Delta(id=request.id, finish_reason="error", error=reason)
                     return
-            finally:
-                response.cancel()  # frees the slot when nobody reads on; else nothing is left to cancel
+            except (GeneratorExit, asyncio.CancelledError):
+                response.cancel()  # nobody reads on: the slot is free
+                raise
 
     async def check(self) -> None:
         """Fails when the deployment cannot serve. It can with no replica: one starts when it is needed."""
@@ -182,7 +183,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, api_key: str | No
     connect()
     others = bool(serve.status().proxies)
     if not others:
-        _check_port(host, port)
+        check_port(host, port)
     elif not _listens(host, port):
         raise ValueError(
             f"Ray Serve runs on this cluster already, and listens elsewhere than at {host}:{port}; give its --host and "
@@ -222,8 +223,8 @@ def _listens(host: str, port: int) -> bool:
         return False
 
 
-def _check_port(host: str, port: int) -> None:
-    """Raises if somebody listens there already: Serve would only say so in a log."""
+def check_port(host: str, port: int) -> None:
+    """Raises OSError if somebody listens there already: Serve would only say so in a log."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
