@@ -1,0 +1,103 @@
+"""One replica by itself: how it gathers pieces, ends when its engine does, and what its load asks for."""
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
+
+from raygrow.data.corpus import FilesCorpus
+from raygrow.infer.request import Delta
+from raygrow.runtime.serve_replica import engine_load, merged
+from tests.runtime.serving import random_model
+
+
+def test_merged_pieces_are_the_whole() -> None:
+    pieces = [
+        Delta("a", (1,), "x", prompt_logprobs=(None,), cached_tokens=3),
+        Delta("a", (2, 3), "yz"),
+        Delta("a", (4,), "!", finish_reason="stop"),
+    ]
+    whole = Delta("a", (1, 2, 3, 4), "xyz!", prompt_logprobs=(None,), finish_reason="stop", cached_tokens=3)
+    assert merged(pieces) == whole
+    assert merged(pieces[:1]) == pieces[0]
+
+
+@pytest.mark.parametrize(
+    ("requests", "running", "waiting", "wanted"),
+    [
+        (8, {"r": 8}, {"r": 0}, 1),
+        (24, {"r": 24}, {"r": 0}, 3),  # by the target, 8
+        (8, {"r": 2}, {"r": 6}, 4),  # memory holds two at a time
+        (8, {"r": 0}, {"r": 8}, 1),  # nothing runs yet: not a matter of memory
+        (0, {}, {}, 0),
+    ],
+)
+def test_load_asks_for_replicas(requests: int, running: Any, waiting: Any, wanted: float) -> None:
+    empty: Any = None
+    context = AutoscalingContext(
+        deployment_id=empty,
+        deployment_name="engine-small",
+        app_name="raygrow",
+        current_num_replicas=1,
+        target_num_replicas=1,
+        running_replicas=[],
+        total_num_requests=requests,
+        total_queued_requests=0,
+        aggregated_metrics={"running": running, "waiting": waiting},
+        raw_metrics={},
+        capacity_adjusted_min_replicas=0,
+        capacity_adjusted_max_replicas=8,
+        policy_state={},
+        last_scale_up_time=None,
+        last_scale_down_time=None,
+        current_time=0.0,
+        config=AutoscalingConfig(min_replicas=0, max_replicas=8, target_ongoing_requests=8),
+    )
+    assert engine_load(context)[0] == wanted
+
+
+STUCK = """
+    import asyncio, sys, time
+    from raygrow.infer.config import EngineConfig
+    from raygrow.infer.request import Request
+    from raygrow.infer.sampling import Sampling
+    from raygrow.runtime.serve_replica import Replica
+
+    async def main():
+        replica = Replica(sys.argv[1], EngineConfig(max_num_seqs=2))
+        await replica.check_health()
+        replica._loop._stuck_seconds = 0.5
+        replica._loop.engine.step = lambda: {fault}
+        answer = replica.generate(Request(id="a", prompt=(1,), sampling=Sampling()))
+        reading = asyncio.create_task(anext(answer))
+        await asyncio.sleep(1.5)
+        try:
+            await replica.check_health()
+        except RuntimeError as error:
+            print(error, reading.result().error if reading.done() else "still waiting", flush=True)
+            await asyncio.sleep(60)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("time.sleep(600)", r"the engine is stuck: one step has taken \d seconds still waiting"),
+        ("1 / 0", "the engine has failed: division by zero the engine has failed: division by zero"),
+    ],
+)
+def test_a_replica_ends_with_its_engine(fault: str, told: str, corpus: FilesCorpus, tmp_path: Path) -> None:
+    folder = random_model(tmp_path / "model", Path(corpus.path) / "tokenizer")
+    script = textwrap.dedent(STUCK).replace("{fault}", fault)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch(told, done.stdout.strip()), done.stdout + done.stderr
