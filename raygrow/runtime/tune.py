@@ -173,8 +173,8 @@ def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> st
         if tune_trial.status == TuneTrial.ERROR:
             run.write_summary(trial.phases, Outcome("failed", _cause(tune_trial)))
         summary = json.loads(run.read("summary.json") or "{}")
-        # Tune calls all trials terminated when it has been told to end
-        has_ended = tune_trial.status == TuneTrial.ERROR or tune_trial.last_result.get("done", False)
+        # Tune calls all trials terminated when it has been told to end, and forgets who was done when it goes on
+        has_ended = summary.get("status") in ("finished", "failed") or tune_trial.last_result.get("done", False)
         ended += has_ended
         rows[trial.name] = {
             "name": trial.name,

@@ -1,0 +1,44 @@
+"""What results.json says of trials, whatever Tune remembers of them. Needs no Ray that runs."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.experiment import Trial as TuneTrial
+
+from raygrow.config import build
+from raygrow.runtime.trial import SearchFolder
+from raygrow.runtime.tune import _write_results
+from raygrow.space import SpaceConfig
+from raygrow.train.loop import Outcome
+from raygrow.trials import Search
+from tests.composed import composed
+
+SPACE = {"space": {"plan.phases.base.share": {"grid": [0.1, 0.2, 0.3]}}}
+
+
+def test_who_has_ended_is_read_from_the_trials_folders(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").touch()
+    search = Search(composed("plan=gstack", f"data.path={tmp_path / 'data'}"), build(SpaceConfig, SPACE, "space"))
+    folder = SearchFolder(tmp_path / "search")
+    outcomes = {"scratch": "finished", "share-0.1": "finished", "share-0.2": "failed", "share-0.3": "stopped"}
+    for trial in search.fixed:
+        folder.run(trial.name).write_summary(trial.phases, Outcome(outcomes[trial.name]))  # type: ignore[arg-type]
+
+    def ended(**done: Any) -> tuple[str, dict[str, str]]:
+        trials = [
+            SimpleNamespace(
+                config={"name": trial.name},
+                status=TuneTrial.TERMINATED,
+                last_result={"done": True} if trial.name in done else {},
+            )
+            for trial in search.fixed
+        ]
+        grid = SimpleNamespace(_experiment_analysis=SimpleNamespace(trials=trials))
+        status = _write_results(search, folder, grid)  # type: ignore[arg-type]
+        return status, {row["name"]: row["status"] for row in json.loads((folder.path / "results.json").read_text())}
+
+    assert ended() == ("stopped", outcomes | {"share-0.3": "unfinished"})
+    assert ended(**{"share-0.3": True}) == ("finished", outcomes)
