@@ -59,3 +59,19 @@ def matmul_flops_per_second(device: torch.device, *, size: int = 8192, repeats: 
         torch.mm(a, b)
     torch.cuda.synchronize()
     return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def copy_bytes_per_second(device: torch.device, *, size: int = 2**32, repeats: int = 10) -> float:
+    """Measured rate of a large copy within the device's memory, bytes read and bytes written together."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size / best
