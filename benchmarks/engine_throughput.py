@@ -10,9 +10,9 @@ and answers of 100 to 1024 tokens each, greedy, never ended early; new tokens by
 
 transformers' continuous batching (`batching`) runs with every setting below for a short while, all prompts and the
 beginnings of all answers; the fastest then does the whole work. It takes flash-attn where that is installed; without,
-it has two kinds of attention, `paged|sdpa` and `paged|eager`. `generate`, one request after the other, is tried with and
-without a static cache, which has it compiled with CUDA graphs; the faster does some of the requests, and is told as
-tokens per second. Compiling and recording are not counted, for anybody.
+it has two kinds of attention, `paged|sdpa` and `paged|eager`. `generate`, one request after the other, is tried with
+and without a static cache, which has it compiled with CUDA graphs; the faster does some of the requests, and is told
+as tokens per second. Compiling and recording are not counted, for anybody.
 
 `single` is one sequence decoding alone. The floor of a step is the time to read the weights once, all but the
 embedding, at the rate of a large copy in the same run.
