@@ -28,7 +28,7 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)  ## for one GPU; see benchmarks/README.md
 	$(BIN)/python benchmarks/train_throughput.py
-	$(BIN)/python benchmarks/gstack_speedup.py
+	$(BIN)/python benchmarks/gstack_speedup.py search final
 
 clean:  ## keeps .venv, data and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -1,244 +1,190 @@
-"""Does stacking pay? 12 blocks of d 512 on Python source, from scratch and grown by Gstack, at equal FLOPs.
+"""How much compute does stacking save? 12 blocks of d 512 on Python source, grown by Gstack and from scratch.
 
-    python benchmarks/gstack_speedup.py                        everything: data, runs, comparison, plot
-    python benchmarks/gstack_speedup.py --gpus 0 0 1 1         more GPUs; one named twice trains two runs at a time
-    python benchmarks/gstack_speedup.py --plot                 the plot alone, from the results on file
-    python benchmarks/gstack_speedup.py --smoke                tiny, also on a CPU: does it all work?
+    python benchmarks/gstack_speedup.py search                 tunes both arms at 60M tokens' worth of FLOPs
+    python benchmarks/gstack_speedup.py final                  three seeds at up to 420M, with what the search has found
+    python benchmarks/gstack_speedup.py growth                 one of the searches
+    python benchmarks/gstack_speedup.py search final --smoke   tiny, also on a CPU: does it all work?
 
-Every run is a `raygrow train` command, which is kept with its result. All see the same data in the same order; the
-FLOPs count the base model and the LM head. Besides the runs at equal FLOPs, two from scratch are longer. Between the
-ends of those from scratch lies the one that would end at a grown run's loss, and with it that run's speedup,
-FLOPs_scratch / FLOPs_grown - 1 (arXiv 2405.15319). Only ends are compared: the learning rate decays over the last 20 %.
+Speedup is FLOPs_scratch / FLOPs_grown - 1 at equal validation loss (arXiv 2405.15319), base and LM head counted, read
+in two ways: (a) undecayed, as the paper does: both arms at a constant learning rate, at the loss that scratch ends at;
+(b) decayed: both arms at the ends of several budgets, each with its learning rate decayed over the last 20 %.
+
+The search: the control's learning rate and warmup on a grid; when, by how much and at which rates to grow, chosen by
+Optuna and stopped early where they lag; growth in two steps, and in width and then depth, on grids. The final runs:
+the winner, the control, and stacking a random base (d = 0).
+Cost: 60M tokens of the target take about 70 s of an H200. The search has about 80 trials of so many, most of them
+stopped early or sharing their trunk; the final runs 1.6B tokens a seed.
 """
 
 import argparse
-import json
-import os
-import queue
-import subprocess
-import sys
 import tempfile
-import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
-from common import RESULTS, write_results
+from common import write_results
+from growth_search import Bench
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from raygrow.report.estimate import estimate, interval, percents
 from raygrow.report.plots import STYLE
-from raygrow.report.runs import Run, load_run
+from raygrow.report.search import Contest, Setting, load_search
+from raygrow.report.search_savings import decayed_speedup, speedup
 
-ROOT = Path(__file__).resolve().parents[1]
 PLOT = Path(__file__).with_suffix(".png")
-SCRATCH, LONGER, LONGEST = "scratch", "scratch-120M", "scratch-130M"
-COLORS = {SCRATCH: "#e27a00", LONGER: "#a3740a", LONGEST: "#6b4c06"}
-GROWN_COLORS = ("#3d7ff0", "#0fa37f", "#7db4f5", "#a06af0")
+COLORS = {"from scratch": "#e27a00", "grown": "#3d7ff0"}
+DECAY, DECAY_KEY = 0.2, "train.schedule.decay"
 
-
-def grown(factor: int, share: float) -> list[str]:
-    """What the command line says about one way to grow."""
-    return [
-        "plan=gstack",
-        f"plan.phases.base.share={share}",
-        f"plan.phases.stacked.growth.factor={factor}",
-        "plan.phases.stacked.warmup_steps=20",
-    ]
-
-
-PLANS = {
-    LONGEST: ["plan=scratch", "plan.tokens=130e6"],
-    LONGER: ["plan=scratch", "plan.tokens=120e6"],
-    SCRATCH: ["plan=scratch"],
-    "3x4-10": grown(4, 0.10),
-    "6x2-20": grown(2, 0.20),
-    "3x4-5": grown(4, 0.05),
-    "2x6-4": grown(6, 0.04),
-}
-"""Name (blocks of the base x factor - the base's share of the FLOPs in %) and what sets the run apart; the longest
-first, so that lanes end together."""
-
-COMMON = [
-    "model=decoder/llama/small",
-    "data=python_source",
-    "plan.tokens=90e6",
-    "train.seq_len=1024",
-    "train.batch_size=64",
-    "train.optimizer.lr=2e-3",
-    "train.schedule.warmup_steps=50",
-    "train.evaluate_every=50",
-    "train.evaluate_sequences=512",
-    "train.checkpoint_every=10000",
+GSTACK = ["plan=gstack"]
+AGAIN = "plan.phases.again.growth"
+TWICE = [*GSTACK, "plan.phases.stacked.growth.factor=2", f"{AGAIN}.operator=gstack", f"{AGAIN}.factor=2"]
+WIDE = [
+    *GSTACK,
+    *("plan.phases.stacked.growth.operator=width", "plan.phases.stacked.growth.factor=2"),
+    *("plan.phases.stacked.growth.noise_snr_db=10", f"{AGAIN}.operator=gstack", f"{AGAIN}.factor=4"),
 ]
-DATA = ["data.roots=site-packages", "data.tokenizer.vocab_size=16384"]
-SMOKE = [
-    *("model=tiny", "plan.tokens=20e3", "train.seq_len=64", "train.batch_size=8", "train.evaluate_every=10"),
-    *("train.evaluate_sequences=16", "model.d_model=48", "model.d_ff=64", "model.blocks_per_stack=12"),
+SEARCHES = {"scratch": ["plan=scratch"], "growth": GSTACK, "twice": TWICE, "wide": WIDE}
+"""Each a space of the same name in `spaces/`."""
+
+NO_SHARE = "plan.phases.base.share=null"
+SCRATCH = ["plan=scratch"]
+GROWN = [*GSTACK, NO_SHARE, "plan.phases.base.tokens=80e6", "plan.phases.stacked.growth.factor=4"]
+RANDOM = [
+    *(
+        *GSTACK,
+        NO_SHARE,
+        "plan.phases.base.steps=1",
+        "plan.phases.base.lr=1e-12",
+        "plan.phases.stacked.growth.factor=4",
+    ),
+    "space.space={plan.tokens:{grid:[300e6]},train.schedule.decay:{grid:[0.0,0.2]},seed:{grid:[0]}}",
 ]
-FULL_LENGTH = ("plan.tokens=120e6", "plan.tokens=130e6")
-SMOKE_DATA = [f"data.roots=[{ROOT / 'raygrow'}]", "data.tokenizer.vocab_size=512"]
+FINALS = {"final-scratch": SCRATCH, "final-grown": GROWN, "final-random": RANDOM}
+"""What the search has found best for each arm; the space is `budgets`."""
+SMOKE_SPACE = "space.space={plan.tokens:{grid:[30e3,40e3]},train.schedule.decay:{grid:[0.0,0.2]},seed:{grid:[0,1]}}"
+SMOKE_FINALS = {name: [*plan, SMOKE_SPACE] for name, plan in FINALS.items()}
+SMOKE_FINALS["final-grown"].append("plan.phases.base.tokens=10e3")
 
 
 def main() -> None:
-    """Runs what is not finished yet, compares, writes the row and the plot."""
+    """Runs the stages asked for, or what is left of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", choices=list(PLANS), default=list(PLANS), help="compare once all are done")
-    parser.add_argument("--gpus", nargs="+", default=["0", "0"], help="one lane of runs for each GPU named")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gstack_speedup")
+    stages = ["search", "final", *SEARCHES]
+    parser.add_argument("stages", nargs="+", choices=stages, metavar="STAGE", help=", ".join(stages))
+    parser.add_argument("--per-gpu", type=int, default=1, help="trials that share a GPU; seconds compare at 1 only")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "growth_search")
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--plot", action="store_true", help="only draw the results on file")
     arguments = parser.parse_args()
-    if arguments.plot:
-        draw(json.loads((RESULTS / "gstack_speedup.json").read_text())["rows"], PLOT)
-        return
-    folder = arguments.folder / "smoke" if arguments.smoke else arguments.folder
-    data = [*(SMOKE_DATA if arguments.smoke else DATA), f"data.path={folder / 'python'}"]
-    settings = [*COMMON, *(SMOKE if arguments.smoke else []), *data, f"storage_path={folder / 'runs'}"]
-    prepared = ["jobs/prepare_data.py", "data=python_source", *data]
-    commands = {name: ["jobs/train.py", f"name={name}", *settings, *PLANS[name]] for name in PLANS}
-    if arguments.smoke:
-        commands = {name: [word for word in words if word not in FULL_LENGTH] for name, words in commands.items()}
-    execute(prepared, folder / "prepare.log")
-    left = {name: commands[name] for name in arguments.runs if not is_finished(folder / "runs" / name)}
-    run_lanes(left, arguments.gpus, folder)
-    if not all(is_finished(folder / "runs" / name) for name in PLANS):
-        print(f"not all runs are there yet: {folder / 'runs'}")
-        return
-    rows = compare_all({name: load_run(folder / "runs" / name) for name in PLANS}, commands)
-    print_table(rows)
-    if arguments.smoke:
-        draw(rows, folder / PLOT.name)
-    else:
-        content = {"prepare": shown(prepared), "tokens": tokens_in(folder / "python"), "rows": rows}
+    bench = Bench(arguments.folder, smoke=arguments.smoke, per_gpu=arguments.per_gpu)
+    bench.prepare()
+    for name, plan in SEARCHES.items():
+        if {name, "search"} & {*arguments.stages}:
+            budget = ["plan.tokens=40e3", "space.samples=4"] if arguments.smoke else ["plan.tokens=60e6"]
+            print_best(bench.search(name, name, *plan, *budget))
+    if "final" in arguments.stages:
+        plans = SMOKE_FINALS if arguments.smoke else FINALS
+        folders = {name: bench.search(name, "budgets", *plan) for name, plan in plans.items()}
+        report_finals(folders, bench, smoke=arguments.smoke)
+
+
+def print_best(folder: Path) -> None:
+    """The best settings of a search, each budget and decay by itself."""
+    for contest in load_search([folder]).contests:
+        ranked = sorted((loss.mean, str(s.values)) for s in contest.settings if (loss := s.loss))
+        print(f"{folder.name}, {contest.flops:.3g} FLOPs, of {len(contest.settings)} settings:")
+        for loss, values in ranked[:8]:
+            print(f"  {loss:.4f}  {values}")
+
+
+def report_finals(folders: dict[str, Path], bench: Bench, *, smoke: bool) -> None:
+    """Prints the table and both speedups; writes the results and the plot."""
+    both = load_search([folders["final-scratch"], folders["final-grown"]])
+    random = load_search([folders["final-random"]])
+    constant, decayed = ([with_decay(contest, decay) for contest in both.contests] for decay in (0.0, DECAY))
+    rows = [row(contest, setting) for contest in (*constant, *decayed) for setting in contest.settings]
+    rows += [
+        row(contest, setting) | {"arm": "random base"} for contest in random.contests for setting in contest.settings
+    ]
+    readings = [undecayed_reading(contest) for contest in constant]
+    readings.append({"reading": "decayed", "speedup": percents(decayed_speedup(decayed))})
+    print_tables(rows, readings)
+    draw(constant, decayed, bench.folder / PLOT.name if smoke else PLOT)
+    if not smoke:
+        content = {"rows": rows, "readings": readings, "commands": bench.commands}
         print(f"written to {write_results('gstack_speedup', content)}")
-        draw(rows, PLOT)
 
 
-def is_finished(run: Path) -> bool:
-    """Whether a run folder says so."""
-    return (run / "summary.json").exists() and load_run(run).status == "finished"
+def with_decay(contest: Contest, decay: float) -> Contest:
+    """The settings of a contest that decay alike."""
+    return replace(contest, settings=tuple(s for s in contest.settings if s.values[DECAY_KEY] == decay))
 
 
-def run_lanes(commands: dict[str, list[str]], gpus: list[str], folder: Path) -> None:
-    """Trains the runs: one lane per GPU named, each taking the next run when it is free."""
-    waiting: queue.Queue[tuple[str, list[str]]] = queue.Queue()
-    for item in commands.items():
-        waiting.put(item)
-    failed: list[str] = []
-
-    def lane(gpu: str) -> None:
-        while not failed:
-            try:
-                name, words = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                execute(words, folder / f"{name}.log", gpu=gpu)
-            except subprocess.CalledProcessError:
-                failed.append(name)
-
-    lanes = [threading.Thread(target=lane, args=(gpu,)) for gpu in gpus]
-    for thread in lanes:
-        thread.start()
-    for thread in lanes:
-        thread.join()
-    if failed:
-        raise SystemExit(f"{failed[0]} failed: {folder / failed[0]}.log says why")
+def row(contest: Contest, setting: Setting) -> dict[str, Any]:
+    """How the trials of a setting ended."""
+    ends = {seed: trial.val_loss for seed, trial in setting.finished.items()}
+    return {
+        "arm": "scratch" if setting.is_control else "grown",
+        "flops": contest.flops,
+        "decay": setting.values[DECAY_KEY],
+        "base_share": contest.share(setting),
+        "val_loss": ends,
+        "seconds": {seed: trial.run and trial.run.last("seconds") for seed, trial in setting.finished.items()},
+    }
 
 
-def execute(words: list[str], log: Path, *, gpu: str | None = None) -> None:
-    """Runs one command of this repository, its output into a file."""
-    print(shown(words), flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    with log.open("w") as file:
-        subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=True
-        )
+def undecayed_reading(contest: Contest) -> dict[str, Any]:
+    """Speedup at a constant learning rate, at the loss that scratch comes down to, in FLOPs and in seconds."""
+    best, control = contest.best, contest.control
+    assert best, "a grown arm has finished"
+    assert control, "one from scratch has finished"
+    in_flops, in_seconds = (speedup(best, control, of=of) for of in (lambda c: c.reached, lambda c: c.reached_seconds))
+    return {
+        "reading": "undecayed",
+        "flops": contest.flops,
+        "speedup": percents(in_flops),
+        "in seconds": percents(in_seconds),
+    }
 
 
-def shown(words: list[str]) -> str:
-    """A command as one types it."""
-    return " ".join(["python", *words])
+def print_tables(rows: list[dict[str, Any]], readings: list[dict[str, Any]]) -> None:
+    """Every arm at every budget, then the speedups."""
+    print(f"{'arm':<13}{'FLOPs':>10}{'decay':>7}{'base':>7}{'val loss':>18}  seeds")
+    for line in sorted(rows, key=lambda line: (line["decay"], line["flops"], line["arm"])):
+        losses = list(line["val_loss"].values())
+        share = f"{line['base_share']:.0%}" if line["base_share"] else ""
+        arm = f"{line['arm']:<13}{line['flops']:>10.2e}{line['decay']:>7}{share:>7}"
+        print(f"{arm}{interval(estimate(losses)):>18}  {' '.join(f'{loss:.4f}' for loss in losses)}")
+    for reading in readings:
+        print(", ".join(f"{key} {value:.3g}" if key == "flops" else f"{key} {value}" for key, value in reading.items()))
 
 
-def tokens_in(folder: Path) -> dict[str, int]:
-    """Tokens of the prepared splits."""
-    splits = json.loads((folder / "manifest.json").read_text())["splits"]
-    return {name: split["tokens"] for name, split in splits.items()}
-
-
-def compare_all(runs: dict[str, Run], commands: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """One row per run: how it ended, its curve, and its gain and speedup over the runs from scratch."""
-    rows = []
-    for name, run in runs.items():
-        flops, loss, tokens = run.columns("flops", "val_loss", "tokens")
-        row: dict[str, Any] = {
-            "name": name,
-            "flops": flops[-1],
-            "tokens": tokens[-1],
-            "val_loss": loss[-1],
-            "val_bits_per_byte": run.last("val_bits_per_byte"),
-            "seconds": run.last("seconds"),
-            "base_share": run.phases[0].end_flops / flops[-1] if run.is_grown else 0.0,
-            "command": shown(commands[name]),
-            "curve": {"flops": flops.tolist(), "val_loss": loss.tolist()},
-            "growth": run.growths,
-        }
-        rows.append(row)
-    add_speedups(rows)
-    return rows
-
-
-def add_speedups(rows: list[dict[str, Any]]) -> None:
-    """Sets each grown row's gain at equal FLOPs, and its speedup where its loss lies between those from scratch."""
-    ends = sorted((row["val_loss"], row["flops"]) for row in rows if not row["growth"])
-    losses, flops = zip(*ends, strict=True)
-    scratch = next(row for row in rows if row["name"] == SCRATCH)
-    for row in rows:
-        if row["growth"]:
-            row["gain"] = scratch["val_loss"] - row["val_loss"]
-            needed = np.interp(row["val_loss"], losses, flops, left=np.nan, right=np.nan)
-            row["speedup"] = None if np.isnan(needed) else float(needed / row["flops"] - 1)
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows, the lowest loss first."""
-    print(f"{'run':<16}{'tokens':>8}{'FLOPs':>10}{'base':>7}{'val loss':>10}{'gain':>8}{'speedup':>9}")
-    for row in sorted(rows, key=lambda row: row["val_loss"]):
-        gains = f"{row['gain']:>8.3f}" if "gain" in row else ""
-        gains += f"{row['speedup']:>9.1%}" if row.get("speedup") is not None else ""
-        print(
-            f"{row['name']:<16}{row['tokens'] / 1e6:>7.1f}M{row['flops']:>10.2e}{row['base_share']:>7.1%}"
-            f"{row['val_loss']:>10.4f}{gains}"
-        )
-
-
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Validation loss against FLOPs: the whole runs, and their end with the speedups at equal loss."""
-    colors = COLORS | dict(zip((row["name"] for row in rows if "gain" in row), GROWN_COLORS, strict=False))
+def draw(constant: list[Contest], decayed: list[Contest], file: Path) -> None:
+    """Validation loss against FLOPs: every seed's curve at a constant rate, and the decayed ends of the budgets."""
     with plt.rc_context(STYLE):
-        figure, (whole, end) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-        for row in sorted(rows, key=lambda row: row["val_loss"]):
-            curve, color = row["curve"], colors[row["name"]]
-            share = f" (base {row['base_share']:.0%} of the FLOPs)" if "gain" in row else ""
-            for axes, label in ((whole, row["name"] + share), (end, f"{row['val_loss']:.3f}  {row['name']}")):
-                axes.plot(curve["flops"], curve["val_loss"], color=color, label=label)
-                axes.plot(row["flops"], row["val_loss"], "o", color=color, markersize=5)
-        losses = [row["val_loss"] for row in rows]
-        longest = max(row["flops"] for row in rows)
-        whole.set(xscale="log", title="12 blocks of d 512 on Python source", ylabel="validation loss, nats per token")
-        end.set(xlim=(0.55 * longest, 1.08 * longest), ylim=(min(losses) - 0.03, max(losses) + 0.2))
-        best = min((row for row in rows if "gain" in row), key=lambda row: row["val_loss"])
-        end.set(title=f"The end: {best['name']} is {best['gain']:.3f} nats lower at equal FLOPs")
-        for axes in (whole, end):
-            axes.set_xlabel("training FLOPs, base and LM head included")
-            axes.legend(loc="upper right")
+        figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+        for arm, color in COLORS.items():
+            longest = next(s for s in constant[-1].settings if s.is_control == (arm == "from scratch"))
+            for trial in longest.finished.values():
+                assert trial.run, "a finished trial has a run folder"
+                label = f"{arm}, constant rate, each seed" if trial is next(iter(longest.finished.values())) else None
+                axes.plot(*trial.run.columns("flops", "val_loss"), color=color, linewidth=0.8, alpha=0.7, label=label)
+            settings = [(c.flops, s) for c in decayed for s in c.settings if s.is_control == longest.is_control]
+            losses = [(flops, loss.mean) for flops, s in settings if (loss := s.loss)]
+            axes.plot(
+                *zip(*losses, strict=True),
+                "o-",
+                color=color,
+                markersize=5,
+                label=f"{arm}, decayed at the end of each budget",
+            )
+        lowest = min(loss.mean for c in (*constant, *decayed) for s in c.settings if (loss := s.loss))
+        axes.set(xscale="log", ylim=(lowest - 0.03, lowest + 0.6))
+        axes.set(xlabel="training FLOPs, base and LM head included", ylabel="validation loss, nats per token")
+        axes.set_title("12 blocks of d 512 on Python source")
+        axes.legend(loc="upper right")
         figure.savefig(file, dpi=160)
         plt.close(figure)
 

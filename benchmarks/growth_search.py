@@ -1,0 +1,68 @@
+"""What the benchmarks of growth share: one model on one corpus, and searches over it by `raygrow tune`.
+
+12 blocks of d 512 (39M parameters in blocks) on the Python source of the machine's installed packages, 16k vocabulary,
+65k tokens a step. Every search is a command that can be typed; trials share their trunks, and a search that is stopped
+goes on.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SPACES = Path(__file__).resolve().parent / "spaces"
+
+DATA = ["data.roots=site-packages", "data.tokenizer.vocab_size=16384"]
+SETTINGS = [
+    *("model=decoder/llama/small", "data=python_source", "train.seq_len=1024", "train.batch_size=64"),
+    *("train.optimizer.lr=2e-3", "train.schedule.warmup_steps=50"),
+    *("train.evaluate_every=50", "train.evaluate_sequences=512", "train.checkpoint_every=10000"),
+]
+SMOKE_DATA = [f"data.roots=[{ROOT / 'raygrow'}]", "data.tokenizer.vocab_size=512"]
+SMOKE = [
+    *("model=tiny", "model.d_model=48", "model.n_heads=2", "model.d_ff=64", "model.blocks_per_stack=12"),
+    *("train.seq_len=64", "train.batch_size=8", "train.evaluate_every=10", "train.evaluate_sequences=16"),
+    "train.schedule.warmup_steps=10",
+]
+"""Stand in for the settings above where they are given after them."""
+
+
+class Bench:
+    """Runs a benchmark's commands.
+
+    Args:
+        folder: Holds data, searches and logs.
+        smoke: Tiny models on little data.
+        per_gpu: Trials that share a GPU, but for a smoke run.
+    """
+
+    def __init__(self, folder: Path, *, smoke: bool, per_gpu: int) -> None:
+        self.folder = folder / "smoke" if smoke else folder
+        self.data = self.folder / "python"
+        data = [*(SMOKE_DATA if smoke else DATA), f"data.path={self.data}"]
+        self._prepare = ["jobs/prepare_data.py", "data=python_source", *data]
+        self._settings = [*SETTINGS, *(SMOKE if smoke else []), *data, f"storage_path={self.folder}"]
+        self._settings.append("space.trial.gpus=auto" if smoke or per_gpu == 1 else f"space.trial.gpus={1 / per_gpu:g}")
+        self.commands: dict[str, str] = {}
+        """Every command that was run, by the name of its log."""
+
+    def prepare(self) -> None:
+        """Tokenizes the corpus, where that has not been done."""
+        self._run("prepare", self._prepare)
+
+    def search(self, name: str, space: str, *words: str) -> Path:
+        """Runs a search to its end, or on to it. Returns its folder."""
+        self._run(name, ["jobs/tune.py", f"name={name}", f"space={SPACES / space}.yaml", *self._settings, *words])
+        return self.folder / name
+
+    def _run(self, name: str, words: list[str]) -> None:
+        self.commands[name] = " ".join(["python", *words])
+        log = self.folder / f"{name}.log"
+        print(f"{self.commands[name]}\n  > {log}", flush=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        with log.open("w") as file:
+            done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file)
+        if done.returncode:
+            raise SystemExit(f"{name} ended with status {done.returncode}: {log} says why")
