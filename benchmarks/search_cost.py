@@ -66,7 +66,8 @@ def main() -> None:
     search = read_search(folder / "search")
     with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
         alone = train_all([[trial] for trial in search.fixed], folder / "alone", pool)
-        result: dict[str, Any] = compare(search, alone, folder) | {"command of the search": shown(tune)}
+        command = shown(tune).replace(str(folder), "FOLDER").replace(f"{ROOT}/", "")
+        result: dict[str, Any] = compare(search, alone, folder) | {"command_of_the_search": command}
         print_comparison(result)
         if arguments.unseen_seed:
             seconds = [row["second"] for row in result["budgets"]]
