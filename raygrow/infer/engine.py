@@ -172,6 +172,10 @@ class Engine:
         """Gives the memory of ended sequences back now. Returns its bytes."""
         return self._cache.reclaim()
 
+    def close(self) -> None:
+        """Gives all memory of the cache back to the device; the engine must not be used any more."""
+        self._cache.close()
+
     def _settle(self, chunks: list[Chunk], logits_LV: Tensor) -> list[tuple[Sequence, int]]:
         """Notes that chunks are computed, and scores prompts.
 

@@ -101,6 +101,7 @@ class EngineLoop:
             self._closing = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
+        self.engine.close()
 
     def _put(self, item: _Stream | str) -> None:
         with self._wake:

@@ -21,16 +21,21 @@ class Output:
         self._stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else end_ids)
         self._left = max_tokens
         self._decoder = IncrementalDecoder(tokenizer, sequence.request.prompt)
-        self._stops = StopFinder(sampling.stop)
+        self._stops = StopFinder(sampling.stop) if sampling.stop else None
 
     def push(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that a new token adds, as far as it is certain, and why the sequence ends with it, if it does."""
         self._left -= 1
         ends = token in self._stop_ids
-        text, stopped = self._stops.push("" if ends else self._decoder.push([token]))
-        if not stopped and (ends or not self._left):
-            tail, stopped = self._stops.push(self._decoder.flush())
-            text += tail if stopped else tail + self._stops.flush()
+        text = "" if ends else self._decoder.push([token])
+        last = ends or not self._left
+        if last:
+            text += self._decoder.flush()
+        stopped = False
+        if self._stops is not None:
+            text, stopped = self._stops.push(text)
+            if last and not stopped:
+                text += self._stops.flush()
         if ends or stopped:
             return text, "stop"
-        return text, None if self._left else "length"
+        return text, "length" if last else None

@@ -28,7 +28,8 @@ class Chunk(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served, in one queue.
+    """First come, first served, in one queue. Who begins like a sequence that computes its prompt waits until it can
+    copy that.
 
     A sequence that is let in has memory for all the tokens it comes with. When a running one needs more and there is
     none, the youngest is *preempted*: it gives back its slot, goes to the front of the queue, and is computed again,
@@ -63,27 +64,42 @@ class Scheduler:
 
         `computed` of their sequences is for the caller to move on.
         """
-        chunks = self._decodes()
-        room = self._max_batched_tokens - len(chunks)
-        for sequence in self.running:
-            if room and sequence.missing > 1:
-                chunks.append(_chunk(sequence, room))
-                room -= chunks[-1].stop - chunks[-1].start
-        while room and self.waiting and self._slots.take(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            if sequence.cached is None:
-                sequence.cached = sequence.computed
+        singles = self._decodes()
+        room = self._max_batched_tokens - len(singles)
+        chunks = []
+        if len(singles) < len(self.running):
+            for sequence in self.running:
+                if room and sequence.missing > 1:
+                    chunks.append(_chunk(sequence, room))
+                    room -= chunks[-1].stop - chunks[-1].start
+        while room and self._let_in():
+            sequence = self.running[-1]
             chunks.append(_chunk(sequence, room))
             room -= chunks[-1].stop - chunks[-1].start
-        return sorted(chunks, key=lambda chunk: chunk.stop - chunk.start > 1)
+        if not chunks:
+            return singles
+        return singles + sorted(chunks, key=lambda chunk: chunk.stop - chunk.start > 1)
+
+    def _let_in(self) -> bool:
+        """Lets the one in who has waited longest, if there is a place and nothing that is better waited for."""
+        if not self.waiting or not self._slots.free or self._slots.awaits(self.waiting[0]):
+            return False
+        if not self._slots.take(self.waiting[0]):
+            return False
+        sequence = self.waiting.popleft()
+        self.running.append(sequence)
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
+        return True
 
     def _decodes(self) -> list[Chunk]:
         """One token of every sequence whose prompt has been computed, the oldest first."""
         return [
-            _chunk(sequence, 1)
+            Chunk(sequence, sequence.computed, sequence.computed + 1)
             for sequence in list(self.running)  # from which making room takes the youngest
-            if sequence.slot is not None and sequence.missing == 1 and self._make_room(sequence)
+            if sequence.slot is not None
+            and len(sequence.tokens) == sequence.computed + 1
+            and (self._slots.grow(sequence) or self._make_room(sequence))
         ]
 
     def _make_room(self, sequence: Sequence) -> bool:

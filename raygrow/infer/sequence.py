@@ -18,7 +18,8 @@ class Sequence:
         """Tokens, from the first, whose keys and values its slot holds."""
         self.cached: int | None = None
         """Tokens of the prompt that were found in the cache; known from when it is first let in."""
-        self.prompt_logprobs: list[Logprob | None] = [] if request.sampling.prompt_logprobs is None else [None]
+        self._scores = request.sampling.prompt_logprobs is not None
+        self.prompt_logprobs: list[Logprob | None] = [None] if self._scores else []
         """Of the prompt's tokens, as far as they have been scored; preemption does not lose them."""
         seed = request.sampling.seed
         self.seed = secrets.randbits(63) if seed is None else seed
@@ -36,9 +37,7 @@ class Sequence:
     @property
     def unscored(self) -> int:
         """Tokens of the prompt whose log-probabilities are wanted and not known yet."""
-        if self.request.sampling.prompt_logprobs is None:
-            return 0
-        return self.prompt_length - len(self.prompt_logprobs)
+        return self.prompt_length - len(self.prompt_logprobs) if self._scores else 0
 
     @property
     def reusable(self) -> int:

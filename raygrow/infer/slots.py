@@ -9,6 +9,9 @@ from raygrow.infer.sequence import Sequence
 MIN_COPIED = 32
 """Fewer tokens than this are computed again rather than copied: a copy is not free either."""
 
+MIN_AWAITED = 64
+"""Fewer tokens than this are computed at once rather than waited for while another sequence computes the same."""
+
 MAPPED_AHEAD = 32
 """Tokens before the end of a page at which the next one is mapped: time for all slots to get theirs, one by one."""
 
@@ -59,6 +62,17 @@ class Slots:
         sequence.slot, sequence.computed = slot, computed
         return True
 
+    def awaits(self, sequence: Sequence) -> bool:
+        """Whether much more of its beginning can soon be copied: from a running sequence that is at it."""
+        if not self._reuse:
+            return False
+        soon, reusable = _Match(), sequence.reusable
+        for slot, other in self._running.items():
+            if other.missing > 1:
+                readable = min(reusable, len(other.tokens))
+                soon = _better(soon, slot, sequence.tokens, other.tokens, readable)
+        return soon.length >= MIN_AWAITED and soon.length - self._best_match(sequence).length >= MIN_AWAITED
+
     def grow(self, sequence: Sequence) -> bool:
         """Gets memory for all tokens of a running sequence; False if there is not enough."""
         slot, tokens = sequence.slot, len(sequence.tokens)
@@ -78,14 +92,14 @@ class Slots:
         sequence.slot, sequence.computed = None, 0
 
     def _best_match(self, sequence: Sequence) -> _Match:
-        best = _Match()
+        best, wanted, reusable = _Match(), sequence.tokens, sequence.reusable
         for slot, tokens in self._left.items():
-            readable = min(sequence.reusable, self._cache.held(slot), len(tokens))
-            best = _better(best, slot, sequence.tokens, tokens, readable)
+            if tokens:
+                best = _better(best, slot, wanted, tokens, min(reusable, self._cache.held(slot), len(tokens)))
         for slot, other in self._running.items():
-            readable = min(sequence.reusable, other.computed)
-            better = _better(best, slot, sequence.tokens, other.tokens, readable)
-            best = better if better.length >= MIN_COPIED else best
+            if other.tokens[0] == wanted[0]:  # which mostly settles it
+                better = _better(best, slot, wanted, other.tokens, min(reusable, other.computed))
+                best = better if better.length >= MIN_COPIED else best
         return best
 
     def _choose(self, match: _Match) -> int:

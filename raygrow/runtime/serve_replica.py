@@ -5,8 +5,7 @@ import faulthandler
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import load_engine
 from raygrow.infer.loop import EngineLoop
 from raygrow.infer.request import Delta, Request
+from raygrow.runtime.openai.answering import merged
 
 logger = logging.getLogger("ray.serve")
 
@@ -136,20 +136,3 @@ async def _gathered(deltas: AsyncIterator[Delta], pause: Callable[[], float]) ->
                 await asyncio.sleep(pause())
     finally:
         reader.cancel()
-
-
-def merged(deltas: Iterable[Delta]) -> Delta:
-    """Several Deltas of one request, one after the other, as one."""
-    first, *rest = deltas
-    for delta in rest:
-        first = replace(
-            first,
-            token_ids=first.token_ids + delta.token_ids,
-            text=first.text + delta.text,
-            logprobs=first.logprobs + delta.logprobs,
-            prompt_logprobs=first.prompt_logprobs + delta.prompt_logprobs,
-            finish_reason=delta.finish_reason,
-            error=delta.error,
-            cached_tokens=max(first.cached_tokens, delta.cached_tokens),
-        )
-    return first

@@ -12,7 +12,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from raygrow.data.corpus import FilesCorpus
 from raygrow.infer.request import Delta
-from raygrow.runtime.serve_replica import engine_load, merged
+from raygrow.runtime.openai.answering import merged
+from raygrow.runtime.serve_replica import engine_load
 from tests.runtime.serving import random_model
 
 

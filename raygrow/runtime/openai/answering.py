@@ -42,11 +42,14 @@ async def answer(model: Model, requests: Sequence[Request], metrics: Metrics) ->
                 items.append(arrived.get_nowait())
             pieces: dict[int, list[Delta]] = {}
             for index, item in items:
+                if isinstance(item, Delta):
+                    pieces.setdefault(index, []).append(item)
+                    left -= item.finish_reason is not None
+            if pieces:
+                yield {index: merged(deltas) for index, deltas in sorted(pieces.items())}
+            for _, item in items:
                 if isinstance(item, Exception):
                     raise item
-                pieces.setdefault(index, []).append(item)
-                left -= item.finish_reason is not None
-            yield {index: merged(deltas) for index, deltas in sorted(pieces.items())}
     finally:
         for reader in readers:
             reader.cancel()
@@ -61,6 +64,8 @@ async def _measured(model: Model, request: Request, metrics: Metrics) -> AsyncGe
         async with aclosing(cast(AsyncGenerator[Delta], model.generate(request))) as deltas:
             async for delta in deltas:
                 if delta.finish_reason in ("error", "abort"):
+                    if delta.text:  # what came before the end is the client's all the same
+                        yield replace(delta, finish_reason=None, error=None)
                     raise _lost(delta.error or "the server stopped before the answer was finished")
                 if first is None and delta.token_ids:
                     first = time.perf_counter()

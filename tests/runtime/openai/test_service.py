@@ -232,7 +232,7 @@ def test_figures(url: str, model: LocalModel) -> None:
 
     before = figures()
     httpx2.post(f"{url}/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True, "n": 2})
-    httpx2.post(f"{url}/v1/completions", json={})
+    httpx2.post(f"{url}/v1/completions", json={"ignore_eos": True})
     httpx2.post(f"{url}/v1/completions", json={"prompt": 3})
     httpx2.get(f"{url}/nowhere")
     after = figures()
