@@ -71,7 +71,8 @@ def main() -> None:
         print_comparison(result)
         if arguments.unseen_seed:
             seconds = [row["second"] for row in result["budgets"]]
-            result["unseen_seeds"] = unseen_seeds(search, seconds, folder, pool)
+            seeds = UNSEEN[:1] if arguments.smoke else UNSEEN
+            result["unseen_seeds"] = unseen_seeds(search, seconds, folder, pool, seeds=seeds)
             print_unseen(result["unseen_seeds"])
     if not arguments.smoke:
         print(f"written to {write_results('search_cost', result)}")
@@ -237,7 +238,12 @@ ARMS = ("searched", "second", "formula", "scratch")
 
 
 def unseen_seeds(
-    search: Search, seconds: Sequence[dict[str, Any]], folder: Path, pool: ProcessPoolExecutor
+    search: Search,
+    seconds: Sequence[dict[str, Any]],
+    folder: Path,
+    pool: ProcessPoolExecutor,
+    *,
+    seeds: Sequence[int],
 ) -> list[dict[str, Any]]:
     """The searched setting of each budget, the full grid's second, the formula's and scratch, on new seeds."""
     contests = load_search([folder / "search"]).contests
@@ -251,12 +257,12 @@ def unseen_seeds(
         arms["formula"].append(next(trial for trial in same if trial.formula))
         arms["scratch"].append(next(trial for trial in same if trial.control))
     groups = {
-        (arm, seed): [reseeded(trial, seed, arm) for trial in trials] for seed in UNSEEN for arm, trials in arms.items()
+        (arm, seed): [reseeded(trial, seed, arm) for trial in trials] for seed in seeds for arm, trials in arms.items()
     }
     losses = train_all(list(groups.values()), folder / "unseen", pool).losses
     rows = []
     for i in range(len(contests)):
-        ends = {arm: {seed: losses[groups[arm, seed][i].name] for seed in UNSEEN} for arm in arms}
+        ends = {arm: {seed: losses[groups[arm, seed][i].name] for seed in seeds} for arm in arms}
         searched = Tried({}, ends["searched"])
         ahead = {arm: searched.ahead_of(Tried({}, ends[arm])).__dict__ for arm in ARMS[1:]}
         flops = {arm: trials[i].flops for arm, trials in arms.items()}
@@ -271,7 +277,8 @@ def reseeded(trial: Trial, seed: int, arm: str) -> Trial:
 
 def print_unseen(rows: list[dict[str, Any]]) -> None:
     """Means over the unseen seeds, and what the searched setting gains, seed by seed."""
-    print(f"unseen seeds {', '.join(map(str, UNSEEN))}: validation loss at equal FLOPs, and how far searched is below")
+    seeds = ", ".join(map(str, rows[0]["val_loss"]["searched"]))
+    print(f"unseen seeds {seeds}: validation loss at equal FLOPs, and how far searched is below")
     print(f"{'FLOPs':<10}" + "".join(f"{arm:>17}" for arm in [*ARMS, *(f"below {arm}" for arm in ARMS[1:])]))
     for row in rows:
         ends = [interval(estimate(row["val_loss"][arm].values())) for arm in ARMS]
