@@ -34,15 +34,8 @@ class Runner:
         Returns:
             `(L, V)` logits of the positions that the chunks want, in their order.
         """
-        spans = [(chunk.sequence, range(chunk.start, chunk.stop)) for chunk in chunks]
-        step_3T = self._to_device(
-            [
-                [token for sequence, span in spans for token in sequence.tokens[span.start : span.stop]],
-                [position for _, span in spans for position in span],
-                [sequence.slot for sequence, span in spans for _ in span],
-            ]
-        )
-        decoding = sum(len(span) == 1 for _, span in spans)
+        step_3T = self._to_device(_numbers(chunks))
+        decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks)
         if self._graphs is not None and decoding == len(chunks) <= self._graphs.largest:
             logits_RV = self._graphs.run(step_3T)
             return logits_RV if all(chunk.wanted for chunk in chunks) else logits_RV[self._wanted(chunks)]
@@ -77,3 +70,18 @@ class Runner:
         if self._device.type == "cuda":
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor
+
+
+def _numbers(chunks: list[Chunk]) -> list[list]:
+    """Token, position and slot of every token of the step."""
+    if chunks[-1].stop - chunks[-1].start == 1:  # then all are, which is most steps
+        return [
+            [sequence.tokens[start] for sequence, start, _ in chunks],
+            [start for _, start, _ in chunks],
+            [sequence.slot for sequence, _, _ in chunks],
+        ]
+    return [
+        [token for sequence, start, stop in chunks for token in sequence.tokens[start:stop]],
+        [position for _, start, stop in chunks for position in range(start, stop)],
+        [sequence.slot for sequence, start, stop in chunks for _ in range(start, stop)],
+    ]

@@ -28,10 +28,10 @@ class Chunk(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served, in one queue. Who begins like a sequence that computes its prompt waits until it can
-    copy that.
+    """First come, first served, in one queue.
 
-    A sequence that is let in has memory for all the tokens it comes with. When a running one needs more and there is
+    A sequence that begins like one whose prompt is being computed waits for that, and copies it. One that is let in has
+    memory for all the tokens it comes with. When a running one needs more and there is
     none, the youngest is *preempted*: it gives back its slot, goes to the front of the queue, and is computed again,
     with the tokens that it has, once there is room.
 
@@ -97,9 +97,7 @@ class Scheduler:
         return [
             Chunk(sequence, sequence.computed, sequence.computed + 1)
             for sequence in list(self.running)  # from which making room takes the youngest
-            if sequence.slot is not None
-            and len(sequence.tokens) == sequence.computed + 1
-            and (self._slots.grow(sequence) or self._make_room(sequence))
+            if sequence.slot is not None and sequence.missing == 1 and self._make_room(sequence)
         ]
 
     def _make_room(self, sequence: Sequence) -> bool:

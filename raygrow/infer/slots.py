@@ -66,11 +66,10 @@ class Slots:
         """Whether much more of its beginning can soon be copied: from a running sequence that is at it."""
         if not self._reuse:
             return False
-        soon, reusable = _Match(), sequence.reusable
+        soon, wanted, reusable = _Match(), sequence.tokens, sequence.reusable
         for slot, other in self._running.items():
-            if other.missing > 1:
-                readable = min(reusable, len(other.tokens))
-                soon = _better(soon, slot, sequence.tokens, other.tokens, readable)
+            if other.tokens[0] == wanted[0] and other.missing > 1:
+                soon = _better(soon, slot, wanted, other.tokens, min(reusable, len(other.tokens)))
         return soon.length >= MIN_AWAITED and soon.length - self._best_match(sequence).length >= MIN_AWAITED
 
     def grow(self, sequence: Sequence) -> bool:

@@ -96,6 +96,18 @@ def test_a_prompt_takes_its_beginning_from_one_that_runs(each_subject: Subject):
         assert tokens_of(found[id]) == each_subject.greedy(prompt, n)
 
 
+@pytest.mark.parametrize("budget", [16, 2048])
+def test_equal_prompts_that_come_together_are_computed_once(each_subject: Subject, budget: int):
+    engine = each_subject.engine(max_num_batched_tokens=budget)
+    (prompt,) = prompts(1, vocab_size=each_subject.vocab_size, shortest=80, longest=80)
+    for id in "abc":
+        engine.add(request(id, prompt, max_tokens=12))
+    found = finish(engine)
+    assert [found[id][0].cached_tokens for id in "abc"] == [0, 79, 79]
+    expected = each_subject.greedy(prompt, 12)
+    assert [tokens_of(found[id]) for id in "abc"] == [expected] * 3
+
+
 def test_a_long_sequence_is_not_given_up_for_a_short_common_beginning(subject: Subject):
     engine = subject.engine()
     (long, tail) = prompts(2, vocab_size=subject.vocab_size, shortest=90, longest=90)

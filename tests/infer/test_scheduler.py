@@ -8,7 +8,7 @@ from raygrow.infer.request import Request
 from raygrow.infer.sampling import Sampling
 from raygrow.infer.scheduler import Chunk, Scheduler
 from raygrow.infer.sequence import Sequence
-from raygrow.infer.slots import MIN_COPIED, Slots
+from raygrow.infer.slots import MIN_AWAITED, MIN_COPIED, Slots
 
 
 class CountingCache:
@@ -145,6 +145,29 @@ def test_beginnings_are_copied_from_sequences_that_run():
     assert second.slot != first.slot
     assert made.cache.k[0][second.slot, :MIN_COPIED].tolist() == list(range(MIN_COPIED))
     assert made.cache.k[0][third.slot, 0] == 0
+
+
+def test_a_prompt_that_another_is_computing_is_waited_for_and_copied():
+    made = make(slots=3, tokens=MIN_AWAITED + 60)
+    long, short = range(MIN_AWAITED + 1), range(500, 500 + MIN_AWAITED)
+    for name, prompt in (("first", long), ("second", long), ("other", range(800, 810))):
+        made.scheduler.add(sequence(name, prompt))
+    end = len(long)
+    assert step(made) == [("first", 0, end)]
+    assert step(made) == [("first", end, end + 1), ("second", end - 1, end), ("other", 0, 10)]
+    made = make(slots=3, tokens=1000)
+    for name in ("first", "second"):
+        made.scheduler.add(sequence(name, short))
+    assert step(made) == [("first", 0, MIN_AWAITED), ("second", 0, MIN_AWAITED)]
+
+
+def test_nobody_waits_for_a_prompt_that_is_given_up():
+    made = make(slots=3, tokens=40)
+    made.scheduler.add(first := sequence("first", range(200)))
+    made.scheduler.add(sequence("second", range(200)))
+    assert step(made) == [("first", 0, 40)]
+    made.scheduler.remove(first)
+    assert step(made) == [("second", 40, 80)]
 
 
 def test_what_is_not_computed_yet_is_not_reused():
