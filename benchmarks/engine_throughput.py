@@ -97,7 +97,7 @@ def main() -> None:
         "prompt_tokens": sum(len(prompt) for prompt, _ in works[0]),
         "new_tokens": sum(new for _, new in works[0]),
     }
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         began = time.perf_counter()
         folder = make_folder(config, Path(temporary), device)
         say(f"folder written in {time.perf_counter() - began:.0f} s")

@@ -147,7 +147,7 @@ def three_ways(arguments: argparse.Namespace, loads: list[Load]) -> dict[str, li
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     longest = max(len(job.work.prompt) + job.work.new for load in loads for job in load.jobs)
     config = engine_config(device, seqs=arguments.requests, max_len=longest)
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = alone(make_folder, SMOKE if arguments.smoke else LARGE, Path(temporary), device)
         result = {}
         for name, way in ways.items():
