@@ -45,7 +45,7 @@ def choose_tokens(logits_RV: Tensor, samplings: Row[Sampling], seeds: Row[int], 
 def _draw(logits_RV: Tensor, samplings: Row[Sampling], uniforms: Row[float]) -> Tensor:
     device = logits_RV.device
     temperatures_R = torch.tensor([sampling.temperature for sampling in samplings], device=device)
-    logits_RV = logits_RV / temperatures_R[:, None].clamp_min(1e-6)
+    logits_RV = logits_RV / temperatures_R[:, None].clamp(1e-6, 1e6)  # beyond, fp32 would not hold what comes of it
     cut = [row for row, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
     if cut:
         logits_RV[cut] = _keep_likely(logits_RV[cut], [samplings[row] for row in cut])
@@ -67,7 +67,9 @@ def _keep_likely(logits_RV: Tensor, samplings: Row[Sampling]) -> Tensor:
     sorted_RV = sorted_RV.masked_fill(torch.arange(size, device=device) >= top_k_R1, -torch.inf)
     p_RV = sorted_RV.softmax(-1)
     # a token stays while those before it have not reached top_p: the likeliest one always does
-    sorted_RV = sorted_RV.masked_fill((p_RV.cumsum(-1) - p_RV >= top_p_R1) & (top_p_R1 < 1), -torch.inf)
+    beyond_RV = (p_RV.cumsum(-1) - p_RV >= top_p_R1) & (top_p_R1 < 1)
+    beyond_RV[:, 0] = False  # a tiny top_p is 0 in fp32
+    sorted_RV = sorted_RV.masked_fill(beyond_RV, -torch.inf)
     return torch.empty_like(logits_RV).scatter_(-1, ids_RV, sorted_RV)
 
 

@@ -78,6 +78,13 @@ def test_a_hot_and_a_cold_distribution_stay_within_the_vocabulary():
     assert set(draw(logits, temperature=1e9)) == {0, 1, 2}
 
 
+def test_what_is_nothing_or_endless_in_fp32_is_not_taken_as_such():
+    logits = torch.tensor([0.0, 1.0, -torch.inf])
+    assert set(draw(logits, top_p=1e-300)) == {1}
+    assert set(draw(logits, temperature=1e300)) == {0, 1}
+    assert set(draw(logits, temperature=1e-300)) == {1}
+
+
 def test_logprobs_hold_the_likeliest_in_order_and_the_same_floats():
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, -1.0], [3.0, 0.0, 1.0, 2.0, -1.0]])
     first, second = logprobs(logits, [3, 4], [2, 0])
