@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 LARGEST_GRAPH = 512
 """Sequences: beyond this many, a step is long beside its launches."""
 
+_NO_ROOM = "the device has less memory left for keys and values than this sequence needs"
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -132,8 +134,8 @@ class Engine:
             What is new of each request that has something new.
         """
         chunks = self._scheduler.schedule()
-        if not chunks:
-            return []
+        if not chunks:  # nobody runs: who has waited longest finds no room although all of it is free
+            return [self._end(sequence, "error", error=_NO_ROOM) for sequence in list(self._scheduler.waiting)[:1]]
         logits_LV = self._runner.run(chunks)
         self._steps += 1
         completed = self._settle(chunks, logits_LV)

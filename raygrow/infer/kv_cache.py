@@ -77,6 +77,8 @@ class _Row:
     busy: bool = False
     tokens: int = 0
     """Busy: those promised to its sequence. Ended: those that can still be read."""
+    found: int = 0
+    """Tokens of the ended sequence that were there when the busy one took the slot over."""
     pages: int = 0
     """Mapped, from the row's beginning, in every tensor."""
     ended: int = 0
@@ -159,8 +161,7 @@ class KvCache:
     def ensure(self, slot: int, tokens: int) -> bool:
         """Makes positions below `tokens` of a slot usable; what the slot holds there stays.
 
-        The slot is busy from then on. A slot that held an ended sequence is taken over: of what it holds, count on the
-        first `tokens` only.
+        The slot is busy from then on. A slot that held an ended sequence is taken over; `found` tells what is there.
 
         Returns:
             False if the budget has no room even after taking back everything reclaimable; then nothing has changed.
@@ -177,6 +178,8 @@ class KvCache:
                 raise RuntimeError("the KV cache could not map memory") from self._failure
             if not self._grow(row, pages, urgent=True):
                 return False
+            if not row.busy:
+                row.found = min(row.tokens, tokens)
             row.busy, row.tokens = True, tokens
         return True
 
@@ -196,9 +199,16 @@ class KvCache:
             row.fence = self._memory.fence()
 
     def held(self, slot: int) -> int:
-        """Tokens of an ended sequence that can still be read in its slot, from the first on."""
+        """Tokens of an ended sequence that can still be read in its slot, from the first on.
+
+        Until the slot is taken over, mapping ahead for others may take some of them.
+        """
         row = self._rows[slot]
         return 0 if row.busy else row.tokens
+
+    def found(self, slot: int) -> int:
+        """Tokens of the sequence before that a busy slot held when it was taken over, from the first on."""
+        return self._rows[slot].found
 
     def copy(self, source: int, target: int, tokens: int) -> int:
         """Copies the first tokens of one slot to another, busy one. The source may have been taken back in part.
@@ -233,27 +243,26 @@ class KvCache:
 
     def reclaim(self) -> int:
         """Gives back every page that no running sequence has reached. Returns their bytes."""
-        before = self._mapped
         with self._lock:
+            before = self._mapped
             for row, pages in self._victims(None, urgent=True):
                 self._shrink(row, pages)
             self._memory.trim(SPARE_STRIPS * self._tensors)
-        return (before - self._mapped) * self._strip_bytes
+            return (before - self._mapped) * self._strip_bytes
 
     @property
     def usage(self) -> KvUsage:
-        """Bytes and counts, now."""
-        with self._lock:
-            used = sum(self._pages(row.tokens) for row in self._rows if row.busy)
-            return KvUsage(
-                used_bytes=used * self._strip_bytes,
-                mapped_bytes=self._mapped * self._strip_bytes,
-                reclaimable_bytes=(self._mapped - used) * self._strip_bytes,
-                budget_bytes=self._budget_bytes,
-                maps=self._maps * self._tensors,
-                unmaps=self._unmaps * self._tensors,
-                spare_bytes=self._memory.spare_bytes,
-            )
+        """Bytes and counts, now. It waits for no page that is being mapped ahead, and may count it late."""
+        used, mapped = sum(self._pages(row.tokens) for row in self._rows if row.busy), self._mapped
+        return KvUsage(
+            used_bytes=used * self._strip_bytes,
+            mapped_bytes=mapped * self._strip_bytes,
+            reclaimable_bytes=(mapped - used) * self._strip_bytes,
+            budget_bytes=self._budget_bytes,
+            maps=self._maps * self._tensors,
+            unmaps=self._unmaps * self._tensors,
+            spare_bytes=self._memory.spare_bytes,
+        )
 
     def close(self) -> None:
         """Gives everything back; the tensors must not be touched any more."""

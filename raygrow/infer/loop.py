@@ -25,6 +25,8 @@ class _Stream:
     request: Request
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
+    gone: bool = False
+    """Nobody waits any more."""
 
 
 class EngineLoop:
@@ -42,8 +44,8 @@ class EngineLoop:
         self.engine = engine
         self._stuck_seconds = stuck_seconds
         self._wake = threading.Condition()
-        self._inbox: deque[_Stream | str] = deque()
-        """What is to be done between steps: streams to begin, ids to abort."""
+        self._inbox: deque[_Stream] = deque()
+        """What is to be done between steps: streams to begin, and to end those that are gone."""
         self._streams: dict[str, _Stream] = {}
         self._closing = False
         self._failure: BaseException | None = None
@@ -78,8 +80,9 @@ class EngineLoop:
                 yield item
         finally:
             if not ended:
+                stream.gone = True
                 with contextlib.suppress(RuntimeError):  # closed meanwhile
-                    self._put(request.id)
+                    self._put(stream)
 
     def check(self) -> None:
         """Says whether the engine is well.
@@ -103,13 +106,13 @@ class EngineLoop:
         await asyncio.to_thread(self._thread.join)
         self.engine.close()
 
-    def _put(self, item: _Stream | str) -> None:
+    def _put(self, stream: _Stream) -> None:
         with self._wake:
             if self._closing or self._failure is not None:
                 raise RuntimeError(
                     f"the engine has failed: {self._failure}" if self._failure else "the engine is closed"
                 )
-            self._inbox.append(item)
+            self._inbox.append(stream)
             self._wake.notify()
 
     def _run(self) -> None:
@@ -131,13 +134,13 @@ class EngineLoop:
         with self._wake:
             while not (self._inbox or self._closing or self.engine.has_work):
                 self._wake.wait()
-            items, closing = list(self._inbox), self._closing
+            streams, closing = list(self._inbox), self._closing
             self._inbox.clear()
-        for item in items:
-            if isinstance(item, _Stream):
-                self._begin(item)
-            elif self._streams.pop(item, None) is not None:
-                self.engine.abort(item)
+        for stream in streams:
+            if stream.gone:
+                self._abort(stream)
+            else:
+                self._begin(stream)
         self._stats = self.engine.stats
         return not closing
 
@@ -148,6 +151,12 @@ class EngineLoop:
             _send([(stream, error)])
         else:
             self._streams[stream.request.id] = stream
+
+    def _abort(self, stream: _Stream) -> None:
+        id = stream.request.id
+        if self._streams.get(id) is stream:  # another one's may have this id by now, or have had it before
+            del self._streams[id]
+            self.engine.abort(id)
 
     def _give_out(self, deltas: list[Delta]) -> None:
         known = [(self._streams[delta.id], delta) for delta in deltas if delta.id in self._streams]
@@ -160,7 +169,7 @@ class EngineLoop:
         """Ends every request, those in the inbox too."""
         with self._wake:
             self._closing, self._failure, self._step_began = True, error, None
-            waiting = [item for item in self._inbox if isinstance(item, _Stream)]
+            waiting = list(self._inbox)
             self._inbox.clear()
         reason, text = ("abort", None) if error is None else ("error", f"the engine has failed: {error}")
         streams = [*self._streams.values(), *waiting]

@@ -56,7 +56,8 @@ class Slots:
         slot = self._choose(match)
         if not self._cache.ensure(slot, len(sequence.tokens)):
             return False
-        computed = match.length if slot == match.slot else self._copy(match, slot)
+        # memory that is mapped ahead in a thread may have been taken from the slot since it was looked at
+        computed = min(match.length, self._cache.found(slot)) if slot == match.slot else self._copy(match, slot)
         del self._left[slot]
         self._running[slot] = sequence
         sequence.slot, sequence.computed = slot, computed

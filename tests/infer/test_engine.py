@@ -15,12 +15,14 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.rack import Rack
 from raygrow.text.tokenizer import Tokenizer, load_tokenizer
 from raygrow.weights.folder import load_model
+from tests.infer import fake_driver
+from tests.infer.fake_driver import FakeDriver
 from tests.infer.subjects import MAX_TOKENS, Subject, finish, prompts, request, text_of, tokens_of
 
 
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Settings under which four sequences of the usual subject do not fit into memory: its pages hold 21 tokens."""
+    """Settings under which four sequences of the usual subject do not fit into memory: its pages hold 10 tokens."""
     monkeypatch.setattr("raygrow.infer.kv_cache.PAGE_BYTES", 4096)
     return {"kv_layout": "interleaved", "kv_cache_memory_bytes": 9 * 2 * 4096}
 
@@ -318,6 +320,25 @@ def test_requests_that_cannot_be_taken(subject: Subject):
     with pytest.raises(ValueError, match="'a': is already in use"):
         engine.add(request("a", [1]))
     assert len(finish(engine)["a"][0].prompt_logprobs) == 96
+
+
+def test_a_sequence_that_the_device_has_no_memory_for_ends_with_an_error(
+    subject: Subject, scarce: dict, monkeypatch: pytest.MonkeyPatch
+):
+    fake_driver.use(FakeDriver(most_pages=5), monkeypatch)  # of the 18 in the budget; one is the scratch slot's
+    engine = subject.engine(**scarce)
+    for id, prompt in (("fits", [5] * 10), ("grows", [6] * 20), ("never", [7] * 60)):
+        engine.add(request(id, prompt, max_tokens=30, ignore_eos=True))
+    found = finish(engine)
+    assert {id: deltas[-1].finish_reason for id, deltas in found.items()} == {
+        "fits": "length",
+        "grows": "error",
+        "never": "error",
+    }
+    assert "less memory" in (found["never"][0].error or "")
+    assert len(tokens_of(found["grows"])) > 20
+    assert engine.stats.running == engine.stats.waiting == 0
+    assert tokens_of(run_alone(engine, prompt=[5] * 10, max_tokens=30)) == subject.greedy([5] * 10, 30)
 
 
 def test_engines_that_cannot_be_made(subject: Subject, scarce: dict):

@@ -6,6 +6,7 @@ Shapes: S slots, T tokens, K key-value heads, H head dim.
 import mmap
 import random
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def test_a_slot_is_taken_over_with_what_it_holds(driver: FakeDriver | None) -> N
     maps = cache.usage.maps
     assert cache.ensure(0, 180)
     assert cache.usage.maps == maps
+    assert cache.found(0) == 150
     assert_holds(cache, 0, 150, value=7)
     cache.close()
 
@@ -269,6 +271,29 @@ def test_a_failure_of_the_helper_thread_is_told(monkeypatch: pytest.MonkeyPatch)
     settle(cache)
     with pytest.raises(RuntimeError, match="could not map"):
         cache.ensure(0, 100)
+
+
+def test_nobody_waits_for_pages_that_are_mapped_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_driver.use(driver := FakeDriver(most_pages=1000), monkeypatch)
+    cache = make_cache()
+    cache.ensure(0, 10)
+    begun, go_on, map_page = threading.Event(), threading.Event(), driver.cuMemMap
+
+    def map_slowly(*arguments) -> tuple:
+        begun.set()
+        assert go_on.wait(10)
+        return map_page(*arguments)
+
+    monkeypatch.setattr(driver, "cuMemMap", map_slowly)
+    cache.map_ahead(0, 100)
+    assert begun.wait(10)
+    assert cache.ensure(0, 64)
+    assert cache.usage.mapped_bytes == 2 * strip_bytes("block")
+    go_on.set()  # had one of these waited, mapping would have failed
+    settle(cache)
+    assert cache.ensure(0, 65)
+    assert cache.usage.mapped_bytes == 3 * strip_bytes("block")
+    cache.close()
 
 
 class Sequences:

@@ -93,6 +93,22 @@ def test_requests_that_cannot_be_taken_say_so(quick: Subject):
     asyncio.run(main())
 
 
+def test_who_is_gone_takes_no_one_along_that_has_the_same_id(quick: Subject):
+    async def main() -> None:
+        loop = EngineLoop(quick.engine())
+        async with aclosing(loop.generate(request("same", [1], max_tokens=90, ignore_eos=True))) as first:
+            tokens = [*(await anext(first)).token_ids]
+            second = asyncio.create_task(collect(loop, request("same", [1])))
+            await asyncio.sleep(0)  # it has asked, and nobody has answered yet
+            second.cancel()
+            async with asyncio.timeout(10):
+                tokens += tokens_of([delta async for delta in first])
+        assert len(tokens) == 90
+        await loop.close()
+
+    asyncio.run(main())
+
+
 def test_when_a_step_fails_every_stream_ends_with_an_error(quick: Subject, monkeypatch: pytest.MonkeyPatch):
     async def main() -> None:
         engine = quick.engine()

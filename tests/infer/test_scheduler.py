@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from raygrow.infer.request import Request
@@ -9,19 +10,24 @@ from raygrow.infer.sampling import Sampling
 from raygrow.infer.scheduler import Chunk, Scheduler
 from raygrow.infer.sequence import Sequence
 from raygrow.infer.slots import MIN_AWAITED, MIN_COPIED, Slots
+from tests.infer import fake_driver
+from tests.infer.fake_driver import FakeDriver
+from tests.infer.test_kv_cache import make_cache, settle
 
 
 class CountingCache:
     """As KvCache, with one token to a page. `k` and `v` hold a number for each token."""
 
     def __init__(self, slots: int, budget: int) -> None:
-        self.budget, self.busy, self.kept = budget, {}, dict.fromkeys(range(slots), 0)
+        self.budget, self.busy, self.kept, self.before = budget, {}, dict.fromkeys(range(slots), 0), {}
         self.k, self.v = ([torch.zeros(slots, 1000)] for _ in range(2))
 
     def ensure(self, slot: int, tokens: int) -> bool:
         others = sum(count for other, count in self.busy.items() if other != slot)
         if others + tokens > self.budget:
             return False
+        if slot not in self.busy:
+            self.before[slot] = self.kept[slot]
         self.busy[slot] = tokens
         self.kept[slot] = 0
         for other, count in self.kept.items():  # takes back what is needed
@@ -35,6 +41,9 @@ class CountingCache:
 
     def held(self, slot: int) -> int:
         return self.kept[slot]
+
+    def found(self, slot: int) -> int:
+        return self.before[slot]
 
     def copy(self, source: int, target: int, tokens: int) -> int:
         for store in (*self.k, *self.v):
@@ -196,3 +205,28 @@ def test_a_copy_takes_only_what_its_own_memory_has_left():
     made.scheduler.remove(first)
     made.scheduler.add(sequence("again", [*range(40), *range(900, 925)]))
     assert step(made) == [("again", 35, 65)]
+
+
+def test_what_mapping_ahead_takes_at_the_last_moment_is_not_reused(monkeypatch: pytest.MonkeyPatch):
+    fake_driver.use(FakeDriver(most_pages=1000), monkeypatch)
+    cache = make_cache(slots=2, strips=1 + 4)  # pages of 64 tokens
+    slots = Slots(cache, 2, reuse=True)
+    first, other = sequence("first", range(128)), sequence("other", range(500, 628))
+    for each in (first, other):
+        assert slots.take(each)
+        each.computed = 128
+    slots.give_back(first)
+    choose = slots._choose
+
+    def choose_while_the_other_grows(match) -> int:
+        assert match.length == 127
+        assert other.slot is not None
+        cache.map_ahead(other.slot, 150)
+        settle(cache)
+        return choose(match)
+
+    monkeypatch.setattr(slots, "_choose", choose_while_the_other_grows)
+    again = sequence("again", range(128))
+    assert slots.take(again)
+    assert again.computed == 64
+    cache.close()
