@@ -269,6 +269,9 @@ def test_a_taken_port_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"port {port} of 127.0.0.1 is taken; choose another with --port"):
             check_port("127.0.0.1", port)
+    for port in (0, 70_000):
+        with pytest.raises(ValueError, match=f"--port {port}: must be 1 to 65535"):
+            check_port("127.0.0.1", port)
 
 
 def test_nothing_is_written_over(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

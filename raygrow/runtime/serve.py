@@ -27,6 +27,7 @@ from raygrow.runtime.openai.app import make_app
 from raygrow.runtime.openai.model import Overloaded
 from raygrow.runtime.serve_config import LLMConfig, ServeConfig, read_config
 from raygrow.runtime.serve_replica import Replica, engine_load
+from raygrow.text.chat_template import ChatTemplate
 from raygrow.text.tokenizer import load_tokenizer
 from raygrow.weights.folder import open_folder
 
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 APP = "raygrow"
 API_KEY = "RAYGROW_API_KEY"
 """Names the environment variable that holds the key, so that no file need."""
+MOST_PORTS = 65535
+SECONDS_OF_SILENCE = 20.0
+"""While an app starts."""
+POLL_SECONDS = 0.2
 
 
 class Served:
@@ -166,7 +171,7 @@ def _engines(llm: LLMConfig) -> serve.Application:
 
 
 def serve_models(config: ServeConfig, *, host: str, port: int, api_key: str | None = None) -> int:
-    """Serves until told to stop (Ctrl-C, SIGTERM); then streams finish, and the app goes.
+    """Serves until told to stop (Ctrl-C, SIGTERM); then streams finish, and the app goes. Told again, it goes at once.
 
     Args:
         config: Of the app.
@@ -176,6 +181,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, api_key: str | No
 
     Raises:
         OSError: If the port is taken.
+        KeyboardInterrupt: If told to stop before all is there, or told again.
         ValueError: If Ray Serve already listens elsewhere, or cannot start the app.
     """
     for llm in config.llm_configs:
@@ -190,28 +196,64 @@ def serve_models(config: ServeConfig, *, host: str, port: int, api_key: str | No
             "--port, or end it with `serve shutdown`"
         )
     app = application(replace(config, api=replace(config.api, api_key=config.api.api_key or api_key)))
-    stop = threading.Event()
+    started, stop = threading.Event(), threading.Event()
+
+    def told(*_: object) -> None:
+        at_once = stop.is_set() or not started.is_set()  # all that waits may wait for ever
+        stop.set()
+        if at_once:
+            raise KeyboardInterrupt
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, told)
+    serve.start(http_options={"host": host, "port": port})
     try:
-        serve.start(http_options={"host": host, "port": port})
+        threading.Thread(target=_tell_what_is_missing, args=(started,), daemon=True).start()
         serve.run(app, name=APP, route_prefix="/")
+        started.set()
+        names, address = ", ".join(llm.model_id for llm in config.llm_configs), _address(host, port)
+        logger.info("%s at %s (a page to chat) and %s/v1", names, address, address)
+        stop.wait()
+        logger.info("stopping: answers that are being written are finished first; Ctrl-C again stops at once")
+        _end_app()
+        while APP in serve.status().applications:
+            time.sleep(POLL_SECONDS)
     except RuntimeError as error:
         raise ValueError(f"the app did not start: {error}") from error
-    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0") else host
-    names = ", ".join(llm.model_id for llm in config.llm_configs)
-    logger.info("%s at http://%s:%d (a page to chat) and http://%s:%d/v1", names, shown, port, shown, port)
-    stop.wait()
-    logger.info("stopping: answers that are being written are finished first")
-    serve.delete(APP)
+    except KeyboardInterrupt:
+        _end_app()
+        raise
+    finally:
+        started.set()
     if not others:
         serve.shutdown()
     return 0
 
 
+def _end_app() -> None:
+    """Tells the app to end, and does not wait: Serve would for a minute, and last answers may take longer."""
+    serve.delete(APP, _blocking=False)
+    serve.status()  # is answered when that has arrived
+
+
+def _tell_what_is_missing(started: threading.Event) -> None:
+    """Says from time to time what the app still waits for."""
+    while not started.wait(SECONDS_OF_SILENCE):
+        for app in serve.status().applications.values():
+            for name, deployment in app.deployments.items():
+                if deployment.status != "HEALTHY":
+                    logger.info("%s is not ready yet. %s", name, deployment.message)
+
+
+def _address(host: str, port: int) -> str:
+    """Where people find what listens there."""
+    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
 def _check_model(llm: LLMConfig) -> None:
     """Raises unless a model is there and whole."""
-    load_tokenizer(open_folder(llm.model_loading_config.folder).path)
+    ChatTemplate(load_tokenizer(open_folder(llm.model_loading_config.folder).path))
 
 
 def _listens(host: str, port: int) -> bool:
@@ -224,7 +266,9 @@ def _listens(host: str, port: int) -> bool:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises OSError if somebody listens there already: Serve would only say so in a log."""
+    """Raises OSError if somebody listens there already, which Serve would only log; ValueError if it is no port."""
+    if not 1 <= port <= MOST_PORTS:
+        raise ValueError(f"--port {port}: must be 1 to {MOST_PORTS}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -233,4 +277,6 @@ def check_port(host: str, port: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise OSError(f"port {port} of {host} is taken; choose another with --port") from None
-            raise OSError(f"cannot listen at {host}:{port} ({error.strerror}); choose another --host") from None
+            raise OSError(
+                f"cannot listen at {host}:{port} ({error.strerror}); choose another --host or --port"
+            ) from None

@@ -124,7 +124,7 @@ class LLMConfig:
     @property
     def deployment_name(self) -> str:
         """What Ray calls its replicas."""
-        return "engine-" + re.sub(r"[^\w.-]", "-", self.model_id)
+        return "engine-" + re.sub(r"[^\w.-]", "-", self.model_id, flags=re.ASCII)
 
     @property
     def max_ongoing_requests(self) -> int:

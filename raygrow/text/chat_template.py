@@ -11,7 +11,9 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from raygrow.text.tokenizer import Tokenizer
@@ -70,7 +72,8 @@ class ChatTemplate:
         Raises:
             ValueError: If the template cannot make a prompt of these messages.
         """
-        given = {**(variables or {}), **self._names, "messages": messages}
+        # templates ask whether there are any, and `transformers` always says
+        given = {"tools": None, "documents": None, **(variables or {}), **self._names, "messages": messages}
         given["add_generation_prompt"] = add_generation_prompt
         try:
             return self._template.render(given)
@@ -87,12 +90,13 @@ class ChatTemplate:
         """The tokens of a conversation. Raises ValueError as `render` does."""
         special = self._tokenizer.special_tokens
         hidden = {token: f"\ue000{index}\ue001" for index, token in enumerate(special)}
-        written = [_replace(dict(message), hidden) for message in messages]
-        text = self.render(written, add_generation_prompt=add_generation_prompt, variables=variables)
+        given = {"messages": [dict(message) for message in messages], "variables": dict(variables or {})}
+        written = _replace(given, hidden)
+        text = self.render(**written, add_generation_prompt=add_generation_prompt)
         if self.source is None:
             # the plain default has no special tokens of its own, so all that it could hold was written by people
             return self._tokenizer.encode(_replace(text, _inverse(hidden)), special_tokens=True)
-        if written == [dict(message) for message in messages]:
+        if written == given:
             return self._tokenizer.encode(text, parse_special=True)
         ids: list[int] = []
         for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
@@ -101,10 +105,21 @@ class ChatTemplate:
         return ids
 
 
+class Generation(Extension):
+    """`{% generation %}` marks what an assistant writes, for training; in a prompt it is as if it were not there."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """See Jinja."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def find_template(tokenizer: Tokenizer) -> str | None:
     """The chat template among a tokenizer's files."""
     file = tokenizer.file(TEMPLATE_FILE)
-    if file is not None:
+    if file:
         return file
     found = tokenizer.settings.get("chat_template")
     if isinstance(found, list):  # several by name: for tools, for retrieval
@@ -124,7 +139,9 @@ def named_token(tokenizer: Tokenizer, name: str) -> str | None:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """What `transformers` gives a template, so that templates written for it work."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -150,5 +167,5 @@ def _replace(value: Any, replacements: Mapping[str, str]) -> Any:
             value = value.replace(old, new)
         return value
     if isinstance(value, Mapping):
-        return {key: _replace(part, replacements) for key, part in value.items()}
+        return {_replace(key, replacements): _replace(part, replacements) for key, part in value.items()}
     return [_replace(part, replacements) for part in value] if isinstance(value, list) else value

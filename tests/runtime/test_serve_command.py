@@ -23,6 +23,17 @@ def test_answers_finish_before_it_stops(ray: None, corpus: FilesCorpus, tmp_path
         assert server.wait() == 0
 
 
+def test_a_start_that_waits_for_ever_says_why_and_can_be_stopped(
+    ray: None, corpus: FilesCorpus, tmp_path: Path
+) -> None:
+    model, port = random_model(tmp_path / "model", Path(corpus.path) / "tokenizer"), free_port()
+    wanted = "deployment_config.ray_actor_options={num_cpus: 999}"
+    with driver(tmp_path, "serve", str(model), "--name", "t\u00ef/ny", wanted, "--port", str(port)) as server:
+        server.until(lambda: "engine-t--ny is not ready yet." in server.said())
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait() == 130
+
+
 async def stopped_in_mid_stream(server: Driver, url: str) -> Answer:
     """An answer during which the server is told to stop."""
     answer, told = Answer(), False

@@ -78,6 +78,23 @@ def test_nobody_can_write_a_special_token(folder: Path) -> None:
     for token in tokenizer.special_tokens.values():
         assert ids.count(token) == honest.count(token)
     assert attack in tokenizer.decode(ids)
+    for variables in ({"tools": [attack]}, {"tools": [{attack: 1}]}):
+        ids = template.encode([{"role": "user", "content": "hi"}], variables=variables)
+        assert ids.count(tokenizer.special_tokens["<|im_start|>"]) == 2
+
+
+def test_templates_find_what_transformers_gives_them(folder: Path, tmp_path: Path) -> None:
+    source = """\
+{%- for message in messages %}
+{%- if tools is not none %}[{% for tool in tools %}{{ tool }}{% endfor %}]{% endif %}
+{%- if documents is not none %}{{ documents }}{% endif %}
+{%- generation %}{% set said = message.content %}{{ said | upper }}
+{% endgeneration -%}
+{%- endfor %}"""
+    load_tokenizer(folder).save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    assert ChatTemplate(load_tokenizer(tmp_path)).render(MESSAGES) == hf.apply_chat_template(MESSAGES, tokenize=False)
 
 
 def test_models_without_a_template_get_a_plain_dialogue(plain: Tokenizer) -> None:

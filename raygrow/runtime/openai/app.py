@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class ApiConfig:
         ValueError: If a field is out of range; names the field and its value.
     """
 
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     """Callers have to send it as `Authorization: Bearer KEY`; without one, everybody who reaches the server may ask."""
     max_request_bytes: int = 4 * 2**20
     """Of a body."""
@@ -239,6 +239,7 @@ class _Api:
         samplings: Sequence[Sampling],
     ) -> Response:
         """The answers to all prompts: whole, or as a stream once the first of them has begun."""
+        check_ids(model, body.stop_token_ids or (), param="stop_token_ids")
         name = uuid.uuid4().hex  # not the caller's: that need not be the only one of its name
         each = [(prompt, sampling) for prompt in prompts for sampling in samplings]
         requests = [

@@ -15,13 +15,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raygrow.runtime.openai.errors import ApiError
+from raygrow.runtime.openai.errors import ApiError, as_api_error
 from raygrow.runtime.openai.metrics import Metrics
 
 OPEN_PATHS = ("/", "/health")
 """Need no key: the page, which asks for one, and whether the server lives."""
 REQUEST_ID = re.compile(r"[\w.:/=+-]{1,128}", re.ASCII)
 CLIENT_GONE = 499
+SECONDS_TO_SEND = 120
+"""A body takes at most; who sends slower would keep a place from others."""
 
 T = TypeVar("T")
 
@@ -37,7 +39,8 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, max_request_bytes: int, metrics: Metrics) -> None:
-        self._app, self._api_key, self._limit, self._metrics = app, api_key, max_request_bytes, metrics
+        self._app, self._limit, self._metrics = app, max_request_bytes, metrics
+        self._api_key = None if api_key is None else api_key.strip()  # secrets in files often end with a new line
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -49,7 +52,11 @@ class Gate:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        begun = False
+
         async def send_on(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
                 route = getattr(scope.get("route"), "path", "other")  # anybody can ask for any path
@@ -62,10 +69,16 @@ class Gate:
         except ApiError as error:
             await error.response(scope, receive, send_on)
             return
-        await self._app(scope, receive, send_on)
+        try:
+            await self._app(scope, receive, send_on)
+        except Exception as error:  # here, so that it has an id and is counted like any other
+            if begun:
+                raise
+            await as_api_error(error).response(scope, receive, send_on)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if self._api_key is None or scope["path"] in OPEN_PATHS:
+        path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
+        if self._api_key is None or path in OPEN_PATHS:
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self._api_key.encode()):
@@ -80,17 +93,22 @@ class Gate:
         """Reads the body, and gives it again to whoever asks next.
 
         Raises:
-            ApiError: If it is too large.
+            ApiError: If it is too large, or does not come.
         """
         announced = headers.get("content-length", "0")
         too_large = announced.isascii() and announced.isdigit() and int(announced[:20]) > self._limit
         messages: list[Message] = []
         size, more = 0, True
-        while more and not too_large:
-            message = await receive()
-            messages.append(message)
-            size += len(message.get("body", b""))
-            more, too_large = message.get("more_body", False), size > self._limit
+        try:
+            async with asyncio.timeout(SECONDS_TO_SEND):
+                while more and not too_large:
+                    message = await receive()
+                    messages.append(message)
+                    size += len(message.get("body", b""))
+                    more, too_large = message.get("more_body", False), size > self._limit
+        except TimeoutError:
+            reason = f"the body did not arrive within {SECONDS_TO_SEND} s"
+            raise ApiError(reason, status=408, code="request_timeout") from None
         if too_large:
             raise ApiError(f"the body is larger than {self._limit} bytes", status=413, code="request_too_large")
 

@@ -63,6 +63,8 @@ async def encode_chat(
         )
     except (TypeError, UnicodeEncodeError) as error:
         raise ApiError("messages: hold half a character (a lone surrogate)", param="messages") from error
+    except RecursionError as error:
+        raise ApiError("messages: what they hold is nested too deeply", param="messages") from error
     except ValueError as error:
         raise ApiError(f"messages: {error}", param="messages") from error
     if not ids:

@@ -189,7 +189,9 @@ class Message(BaseModel):
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts or ())
         role = "system" if self.role == "developer" else self.role
-        return {**(self.model_extra or {}), "role": role, "content": text}
+        # clients send answers back with fields that hold nothing, and templates ask whether a message has them
+        more = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        return {**more, "role": role, "content": text}
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]

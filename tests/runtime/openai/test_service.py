@@ -2,19 +2,22 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import httpx2
 import pytest
+from fastapi import FastAPI
 
+from raygrow.runtime.openai import http
 from raygrow.runtime.openai.app import ApiConfig, make_app
 from raygrow.text.tokenizer import Tokenizer
 from tests.runtime.openai.local import Double, LocalModel, served
 
 BODY = {"prompt": "a"}
 MESSAGES = [{"role": "user", "content": "hi"}]
+DEEP = json.loads("[" * 600 + "]" * 600)
 
 
 def refused(response: httpx2.Response, status: int) -> dict[str, str]:
@@ -54,6 +57,7 @@ def eventually(holds: Callable[[], bool], *, seconds: float) -> None:
         ("completions", {**BODY, "logprobs": 1000}, "logprobs"),
         ("completions", {**BODY, "best_of": 3}, "best_of"),
         ("completions", {**BODY, "suffix": "b"}, "suffix"),
+        ("completions", {**BODY, "stop_token_ids": [10**6]}, "stop_token_ids"),
         ("completions", {**BODY, "presence_penalty": 1.5}, "presence_penalty"),
         ("completions", {**BODY, "logit_bias": {"3": 1}}, "logit_bias"),
         ("completions", {**BODY, "stream_options": {"include_usage": True}}, "stream_options"),
@@ -66,6 +70,8 @@ def eventually(holds: Callable[[], bool], *, seconds: float) -> None:
         ("chat/completions", {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
         ("chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a" * 100}]}, "messages"),
+        ("chat/completions", {"messages": [{**MESSAGES[0], "name": DEEP}]}, "messages"),
+        ("chat/completions", {"messages": MESSAGES, "chat_template_kwargs": {"a": DEEP}}, "messages"),
     ],
 )
 def test_a_wrong_value_is_named(double_url: str, route: str, body: dict[str, object], param: str) -> None:
@@ -132,6 +138,31 @@ def test_key_is_asked_for_except_for_the_page_and_health(double: Double) -> None
         assert httpx2.post(f"{url}/v1/completions", headers=right, json=BODY).status_code == 200
 
 
+def test_the_page_and_health_are_open_wherever_the_app_is(double: Double) -> None:
+    app = make_app({double.id: double}, ApiConfig(api_key=" key\n"))  # as files give it
+    root = FastAPI()
+    root.mount("/llm", app)
+    with served(root) as url:
+        for path in ("llm/", "llm/health"):
+            assert httpx2.get(f"{url}/{path}").status_code == 200
+        assert httpx2.get(f"{url}/llm", follow_redirects=True).url == f"{url}/llm/"
+        refused(httpx2.get(f"{url}/llm/v1/models"), 401)
+        right = {"authorization": "Bearer key"}
+        assert httpx2.get(f"{url}/llm/v1/models", headers=right).status_code == 200
+    assert "key" not in repr(ApiConfig(api_key="key")).replace("api_key", "")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(double_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "SECONDS_TO_SEND", 0.2)
+
+    def slowly() -> Iterator[bytes]:
+        yield b'{"prompt":'
+        time.sleep(0.6)
+        yield b'"a"}'
+
+    refused(httpx2.post(f"{double_url}/v1/completions", content=slowly()), 408)
+
+
 def test_bodies_that_are_too_large_are_refused_whether_or_not_they_say_so(double: Double) -> None:
     with served(make_app({double.id: double}, ApiConfig(max_request_bytes=200))) as url:
         large = json.dumps({"prompt": "a" * 300}).encode()
@@ -177,8 +208,12 @@ def test_too_many_requests_are_told_when_to_come_back(double_url: str, double: D
 def test_an_answer_that_breaks_off_ends_in_an_error(double_url: str, double: Double, end: str) -> None:
     double.end = end
     status = 500 if end == "raise" else 503
-    error = refused(httpx2.post(f"{double_url}/v1/completions", json=BODY), status)
+    response = httpx2.post(f"{double_url}/v1/completions", json=BODY)
+    error = refused(response, status)
     assert error["type"] == "server_error"
+    assert response.headers["x-request-id"]
+    counted = f'raygrow_requests_total{{route="/v1/completions",status="{status}"}}'
+    assert counted in httpx2.get(f"{double_url}/metrics").text
     assert "secret" not in error["message"]
     double.pause = 0.02  # so that the first piece comes alone
     response = httpx2.post(f"{double_url}/v1/chat/completions", json={"messages": MESSAGES, "stream": True})
