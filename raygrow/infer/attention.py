@@ -10,11 +10,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 
 from raygrow.infer.kv_cache import KvCache
 from raygrow.kernels.decode_attention import decode_attention
 from raygrow.nn.attention import Attend
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""For stretches of prompts. Not cuDNN's, which torch prefers on an H200: each new length would have it build a plan."""
 
 
 @dataclass(frozen=True)

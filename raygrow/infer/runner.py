@@ -5,8 +5,9 @@ Shapes: T tokens of the step, R decoding rows, L rows whose logits are wanted, V
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
-from raygrow.infer.attention import Decodes, Stretch, cache_attends, causal_mask
+from raygrow.infer.attention import KERNELS, Decodes, Stretch, cache_attends, causal_mask
 from raygrow.infer.graphs import DecodeGraphs
 from raygrow.infer.kv_cache import KvCache
 from raygrow.infer.scheduler import Chunk
@@ -45,7 +46,8 @@ class Runner:
             rows = slice(0, decoding)
             decodes = Decodes(slots_T[rows], positions_T[rows], positions_T[rows] + 1)
         attends = cache_attends(self._cache, decodes, self._stretches(chunks[decoding:], decoding))
-        return self._model(tokens_T[None], positions_T=positions_T, attends=attends, rows=self._wanted(chunks))[0]
+        with sdpa_kernel(KERNELS):
+            return self._model(tokens_T[None], positions_T=positions_T, attends=attends, rows=self._wanted(chunks))[0]
 
     def _stretches(self, chunks: list[Chunk], row: int) -> list[Stretch]:
         stretches = []

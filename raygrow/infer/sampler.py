@@ -61,7 +61,7 @@ def _draw(logits_RV: Tensor, samplings: Row[Sampling], uniforms: Row[float]) -> 
 def _keep_likely(logits_RV: Tensor, samplings: Row[Sampling]) -> Tensor:
     """Puts the tokens out of reach that are beyond top_k, then those beyond top_p of what is left."""
     device, size = logits_RV.device, logits_RV.shape[-1]
-    top_k_R1 = torch.tensor([[sampling.top_k or size] for sampling in samplings], device=device)
+    top_k_R1 = torch.tensor([[min(sampling.top_k or size, size)] for sampling in samplings], device=device)
     top_p_R1 = torch.tensor([[sampling.top_p] for sampling in samplings], device=device)
     sorted_RV, ids_RV = logits_RV.sort(descending=True, stable=True)
     sorted_RV = sorted_RV.masked_fill(torch.arange(size, device=device) >= top_k_R1, -torch.inf)

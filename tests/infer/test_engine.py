@@ -121,6 +121,21 @@ def test_a_long_sequence_is_not_given_up_for_a_short_common_beginning(subject: S
     assert run_alone(engine, prompt=long, max_tokens=2)[0].cached_tokens == 89
 
 
+def test_prompts_of_new_lengths_have_no_plans_built_for_them(subject: Subject, monkeypatch: pytest.MonkeyPatch):
+    cudnn, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def seen(*tensors: torch.Tensor, **settings) -> torch.Tensor:
+        cudnn.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*tensors, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    run_alone(subject.engine(max_num_batched_tokens=20), prompt=[5] * 30, max_tokens=2)
+    assert len(cudnn) == 3 * subject.reference.config.num_hidden_layers
+    assert not any(cudnn)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_without_prefix_caching_nothing_is_reused(subject: Subject):
     engine = subject.engine(enable_prefix_caching=False)
     (prompt,) = prompts(1, vocab_size=subject.vocab_size, shortest=50)

@@ -23,6 +23,7 @@ def test_top_k_keeps_the_likeliest_and_top_p_counts_from_those():
     assert set(draw(logits, top_k=1)) == {0}
     assert set(draw(logits, top_k=3)) == {0, 2, 3}
     assert set(draw(logits, top_k=9)) == {0, 1, 2, 3}
+    assert set(draw(logits, top_k=2**70)) == {0, 1, 2, 3}
     assert set(draw(logits, top_k=2, top_p=0.55)) == {0}  # 4/7 of what top_k has left
 
 
