@@ -1,6 +1,7 @@
 """Text from a model folder: one prompt, continued by the inference engine."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from raygrow.infer.config import EngineConfig
@@ -18,11 +19,11 @@ def generate_text(model_folder: Path, prompt: str, sampling: Sampling, *, device
         FileNotFoundError: If the folder, its tensors or its tokenizer are missing.
         ValueError: If a file is damaged, the model cannot continue this prompt, or its outputs are not numbers.
     """
-    engine = load_engine(model_folder, EngineConfig(device=device, max_num_seqs=1))
-    ids = engine.tokenizer.encode(prompt, special_tokens=True) or [engine.tokenizer.eos_id]
-    engine.add(Request(id="text", prompt=tuple(ids), sampling=sampling))
-    while engine.has_work:
-        for delta in engine.step():
-            if delta.error:
-                raise ValueError(f"{model_folder}: {delta.error}")
-            yield delta.text
+    with closing(load_engine(model_folder, EngineConfig(device=device, max_num_seqs=1))) as engine:
+        ids = engine.tokenizer.encode(prompt, special_tokens=True) or [engine.tokenizer.eos_id]
+        engine.add(Request(id="text", prompt=tuple(ids), sampling=sampling))
+        while engine.has_work:
+            for delta in engine.step():
+                if delta.error:
+                    raise ValueError(f"{model_folder}: {delta.error}")
+                yield delta.text

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import tokenizers
 import torch
 
 from raygrow.evaluate.generate import generate_text
+from raygrow.infer.engine import Engine
 from raygrow.infer.sampling import Sampling
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
@@ -34,6 +36,17 @@ def test_text_is_that_of_the_recomputed_tokens(model_folder: Path, model: Rack, 
     new = recomputed(model, ids, 30)
     assert text(model_folder, "def f", replace(GREEDY, ignore_eos=True)) == tokenizer.decode([*ids, *new])[5:]
     assert len(set(new)) > 3
+
+
+@pytest.mark.parametrize("pieces", [1, 100])
+def test_memory_is_given_back_at_the_end_or_before(model_folder: Path, monkeypatch: pytest.MonkeyPatch, pieces: int):
+    closed = []
+    monkeypatch.setattr(Engine, "close", lambda engine: closed.append(engine))
+    text = generate_text(model_folder, "def f", GREEDY, device="cpu")
+    for _ in islice(text, pieces):
+        assert not closed
+    text.close()  # type: ignore[attr-defined]
+    assert len(closed) == 1
 
 
 def test_a_seed_gives_the_same_text(model_folder: Path):
