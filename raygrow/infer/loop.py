@@ -147,7 +147,7 @@ class EngineLoop:
     def _begin(self, stream: _Stream) -> None:
         try:
             self.engine.add(stream.request)
-        except ValueError as error:
+        except Exception as error:  # only its own: the engine has not taken it
             _send([(stream, error)])
         else:
             self._streams[stream.request.id] = stream

@@ -93,6 +93,32 @@ def test_requests_that_cannot_be_taken_say_so(quick: Subject):
     asyncio.run(main())
 
 
+def test_a_request_that_breaks_what_takes_it_in_is_told_and_the_others_go_on(
+    quick: Subject, monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        engine = quick.engine()
+        add = engine.add
+
+        def fail(request: Request) -> None:
+            if request.id == "bad":
+                raise OverflowError("no tokenizer can read this")
+            add(request)
+
+        monkeypatch.setattr(engine, "add", fail)
+        loop = EngineLoop(engine)
+        requests = [request(id, [1], max_tokens=5, ignore_eos=True) for id in ("bad", "good")]
+        async with asyncio.timeout(10):
+            bad, good = await asyncio.gather(*(collect(loop, each) for each in requests), return_exceptions=True)
+        assert isinstance(bad, OverflowError)
+        assert isinstance(good, list)
+        assert len(tokens_of(good)) == 5
+        loop.check()
+        await loop.close()
+
+    asyncio.run(main())
+
+
 def test_who_is_gone_takes_no_one_along_that_has_the_same_id(quick: Subject):
     async def main() -> None:
         loop = EngineLoop(quick.engine())
