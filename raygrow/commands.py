@@ -4,6 +4,7 @@ Imports of torch and Ray wait inside the functions, so that help and arithmetic 
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -309,9 +310,7 @@ def generate(parsed: argparse.Namespace) -> int:
     from raygrow.evaluate.generate import generate_text
     from raygrow.infer.sampling import Sampling
 
-    sampling = Sampling(
-        max_tokens=parsed.tokens, temperature=parsed.temperature, top_p=parsed.top_p, seed=parsed.seed
-    )
+    sampling = Sampling(max_tokens=parsed.tokens, temperature=parsed.temperature, top_p=parsed.top_p, seed=parsed.seed)
     pieces = generate_text(_model_folder(parsed.model), parsed.prompt, sampling)
     first = next(pieces, "")  # before anything is printed, so that an error stands alone
     print(parsed.prompt, end=first, flush=True)
@@ -376,7 +375,7 @@ def chat(parsed: argparse.Namespace) -> int:
     with a model that is loaded here. Ctrl-C stops an answer; /reset, /help and /quit are commands.
 
     Examples:
-      raygrow chat http://localhost:8000
+      raygrow chat localhost:8000
       raygrow chat runs/quickstart --temperature 0
     """
     import os
@@ -390,8 +389,11 @@ def chat(parsed: argparse.Namespace) -> int:
         max_tokens=parsed.tokens,
         seed=parsed.seed,
     )
-    if parsed.place.startswith(("http://", "https://")):
-        speaker = Server(parsed.place, model=parsed.model, api_key=os.environ.get("RAYGROW_API_KEY"))
+    url = parsed.place
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", url, re.ASCII):
+        url = f"http://{url}"
+    if url.startswith(("http://", "https://")):
+        speaker = Server(url, model=parsed.model, api_key=os.environ.get("RAYGROW_API_KEY"))
     else:
         speaker = Loaded(_model_folder(Path(parsed.place)))
     with suppress(ImportError):

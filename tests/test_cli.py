@@ -131,7 +131,11 @@ def test_wrong_settings_are_named(words: list[str], named: str, capsys: pytest.C
         (["serve", "a", "b", "--name", "both"], "--name both"),
         (["serve", "nowhere", "api.max_request_bytes=0"], "max_request_bytes=0"),
         (["chat", "nowhere"], "nowhere"),
+        (["serve", "a/nowhere", "b/nowhere"], "give them other names"),
+        (["serve", "nowhere", "max_num_seqs=1"], "they begin with engine_kwargs"),
         (["chat", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9/v1"),
+        (["chat", "127.0.0.1:9/v1"], "no server answers at http://127.0.0.1:9/v1"),
+        (["chat", "nowhere"], "nowhere: there is no such folder"),
         (["prepare", "data=files", "data.files=nowhere.txt"], "nowhere.txt"),
     ],
 )

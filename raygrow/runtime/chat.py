@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,8 +78,11 @@ class Server:
     def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._api_key = api_key
-        with self._request("models") as answer:
-            names = [entry["id"] for entry in json.load(answer)["data"]]
+        try:
+            with self._request("models") as answer:
+                names = [str(entry["id"]) for entry in json.load(answer)["data"]]
+        except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, HTTPException) as error:
+            raise ValueError(f"what answers at {self._url}/models does not speak OpenAI's API") from error
         if not names or model not in (None, *names):
             raise ValueError(f"{url} has no model {model!r}; it has {', '.join(names) or 'none'}")
         self.name = model or names[0]
@@ -131,6 +135,8 @@ class Loaded:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder}: there is no such folder; give a server's URL, or a model's folder")
         self.name = str(folder)
         self._engine = load_engine(folder, EngineConfig(max_num_seqs=1))
         self._template = ChatTemplate(load_tokenizer(folder))

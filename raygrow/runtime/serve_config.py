@@ -20,6 +20,9 @@ TARGET_SHARE = 0.75
 WAITING_PER_SLOT = 2
 """Requests that an engine holds back for each of its slots, before others wait outside."""
 MOST_REPLICAS = 64
+OF_EVERY_MODEL = ("engine_kwargs", "deployment_config")
+OF_THE_APP = ("api", "ingress")
+TWICE = "two models are called that, or nearly that; give them other names, each as a folder or as a model_id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +171,7 @@ class ServeConfig:
             names = [getattr(llm, name) for llm in self.llm_configs]
             for llm, repeated in zip(self.llm_configs, names, strict=True):
                 if names.count(repeated) > 1:
-                    raise ValueError(f"model_id={llm.model_id!r}: two models are called that, or nearly that")
+                    raise ValueError(f"model_id={llm.model_id!r}: {TWICE}")
 
 
 def read_config(args: Mapping[str, Any]) -> ServeConfig:
@@ -205,7 +208,7 @@ def serve_args(
         name: Of the only model, instead of its own.
 
     Raises:
-        ValueError: If `name` is given for several models, or a key goes through another that has a value.
+        ValueError: If `name` is given for several models, a key goes through another that has a value, or none has it.
     """
     if name is not None and len(models) != 1:
         raise ValueError(f"--name {name}: names one model, and there are {len(models)}")
@@ -218,7 +221,10 @@ def serve_args(
             if not isinstance(place, dict):
                 raise ValueError(f"{key}: {part} has a value already")
         place[last] = value
-    shared = {key: tree.pop(key) for key in ("engine_kwargs", "deployment_config") if key in tree}
+    known = (*OF_EVERY_MODEL, *OF_THE_APP)
+    if unknown := next((key for key in settings if key.split(".")[0] not in known), None):
+        raise ValueError(f"{unknown}: there is no such setting; they begin with {', '.join(known)}")
+    shared = {key: tree.pop(key) for key in OF_EVERY_MODEL if key in tree}
     return {
         "llm_configs": [
             {"model_loading_config": {"model_id": name or own, "model_source": str(folder)}, **shared}

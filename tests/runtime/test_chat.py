@@ -177,6 +177,16 @@ def test_a_server_in_trouble(scripted: tuple[type[Scripted], str], lines: Any, s
     assert told in talk(server, "hi")
 
 
+@pytest.mark.parametrize("page", ["<html>", "[]", '{"data": 3}', "{}"])
+def test_what_is_no_such_server_is_told(
+    scripted: tuple[type[Scripted], str], monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
+    handler, url = scripted
+    monkeypatch.setattr(handler, "do_GET", lambda self: self._send(page))
+    with pytest.raises(ValueError, match="does not speak OpenAI's API"):
+        Server(url)
+
+
 def test_a_server_that_is_not_there_and_a_model_that_it_has_not(scripted: tuple[type[Scripted], str]) -> None:
     _, url = scripted
     with pytest.raises(ValueError, match="no model 'third'; it has first, second"):

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from raygrow.runtime.openai import http
 from raygrow.runtime.openai.app import ApiConfig, make_app
+from raygrow.runtime.openai.protocol import Message
 from raygrow.text.tokenizer import Tokenizer
 from tests.runtime.openai.local import Double, LocalModel, served
 
@@ -101,6 +102,11 @@ def test_fields_nobody_knows_and_fields_that_ask_for_nothing_are_fine(double_url
     assert response.json()["choices"][0]["text"] == "Grown \u4f60\u597d."
     sampling = double.asked[0].sampling
     assert (sampling.top_k, sampling.max_tokens, sampling.temperature, sampling.logprobs) == (0, 16, 1, None)
+
+
+def test_an_answer_that_comes_back_has_only_the_fields_that_say_something() -> None:
+    sent = {"role": "assistant", "content": None, "refusal": None, "tool_calls": None, "name": "a"}
+    assert Message.model_validate(sent).for_template == {"role": "assistant", "content": "", "name": "a"}
 
 
 def test_wrong_addresses_and_models(double_url: str) -> None:
