@@ -17,6 +17,7 @@ from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.runtime.serve import check_port
 from raygrow.runtime.serve_config import read_config
+from raygrow.text.tokenizer import train_tokenizer
 from raygrow.train.config import TrainConfig
 from raygrow.weights.folder import load_model, open_folder, write_folder
 
@@ -264,6 +265,12 @@ def test_the_yaml_of_a_served_model_is_what_serve_takes(small: Path, capsys: pyt
     assert config.ingress.num_replicas == 2
     assert config.llm_configs[0].engine_kwargs.max_num_seqs == 8
     assert (config.llm_configs[0].model_id, config.llm_configs[0].model_loading_config.folder) == ("small", small)
+
+
+def test_a_broken_chat_template_is_told_before_anything_starts(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_tokenizer(["a"], 257).save(small)
+    (small / "chat_template.jinja").write_text("{% for %}")
+    assert "no valid Jinja" in failed(capsys, "serve", str(small))
 
 
 def test_a_taken_port_is_named() -> None:
