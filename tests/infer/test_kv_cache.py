@@ -330,6 +330,7 @@ class Sequences:
             self.values += 1
             value, held = self.values % 50, 0
         if self.ensure(slot, tokens):
+            held = min(held, self.cache.found(slot))  # the thread that maps ahead may have taken some since
             self.reused += held > 0
             self.ended.pop(slot, None)
             self.running[slot] = value, tokens
