@@ -91,5 +91,14 @@ def tokens_of(deltas: list[Delta]) -> list[int]:
     return [token for delta in deltas for token in delta.token_ids]
 
 
+@torch.no_grad()
+def widest_gap(model: Rack, prompt: list[int], tokens: list[int]) -> float:
+    """How far below the best logit that of a chosen token is at most, in standard deviations of the logits there."""
+    whole = torch.tensor([[*prompt, *tokens]], device=model.embedding.weight.device)
+    logits_TV = model(whole)[0, len(prompt) - 1 : -1].float()
+    gaps_T = logits_TV.amax(-1) - logits_TV.gather(1, whole[0, len(prompt) :, None])[:, 0]
+    return float((gaps_T / logits_TV.std(-1)).max())
+
+
 def text_of(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
