@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from raygrow.growth.growth import Growth
+from raygrow.growth.growth import Growth, refuse_adapters
 from raygrow.nn.config import ModelConfig
 from raygrow.weights.rules import Rule, Term
 from raygrow.weights.shapes import parameter_shapes
@@ -27,6 +27,7 @@ def grow_blocks(config: ModelConfig, origins: Sequence[int], *, n_stacks: int, i
         n_stacks: Stacks of the grown model.
         identity: Whether a Block of the source that comes up again adds nothing to the residual stream there.
     """
+    refuse_adapters(config)
     target = replace(
         config,
         n_stacks=n_stacks,

@@ -18,3 +18,16 @@ class Growth:
     """Whether the grown model computes the same function as its source; the verifier holds it to that."""
     origins: tuple[int, ...]
     """For each Block of the grown model, the Block of the source that it comes from."""
+
+
+def refuse_adapters(config: ModelConfig) -> None:
+    """Adapters fit the two Blocks that they stand between, and the width that both have.
+
+    Raises:
+        ValueError: If the model has any.
+    """
+    if config.rotation == "block":
+        raise ValueError(
+            "rotation='block': a model with adapters between its Blocks grows neither deeper nor wider; grow the model "
+            "that it was made from, then make that one sparse"
+        )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from raygrow.growth.growth import Growth
+from raygrow.growth.growth import Growth, refuse_adapters
 from raygrow.nn.config import ModelConfig
 from raygrow.weights.fills import NoisePairs
 from raygrow.weights.rules import Gather, Rule, Stacked, Term
@@ -88,6 +88,7 @@ class Width:
         """
         if self.untie and not config.tie_embeddings:
             raise ValueError("untie=true: the model's embedding and head are separate already")
+        refuse_adapters(config)
         by = self._factors
         target = replace(
             config,

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from raygrow.nn.attention import Attend, Attention
 from raygrow.nn.config import ModelConfig
+from raygrow.nn.linear import linear
 from raygrow.nn.mlp import mlp
 from raygrow.nn.moe import Balance, Moe
 from raygrow.nn.norm import norm
@@ -11,6 +12,9 @@ from raygrow.nn.norm import norm
 
 class Block(nn.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, where the MLP may be a mixture of experts.
+
+    In a model of rotation `block`, the MLP writes in the next Block's basis, and an adapter turns what it is added to:
+    `adapter(x) + mlp(norm(x))` (as SliceGPT does between layers, arXiv 2401.15024).
 
     Args:
         config: The model.
@@ -23,10 +27,11 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = norm(config, config.d_model)
         self.mlp = Moe(config) if config.has_experts(index) else mlp(config)
+        self.adapter = linear(config.d_model, config.d_model) if config.has_adapter(index) else nn.Identity()
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Balance | None]:
         """`(B, T, D)` in and out, and with experts how evenly they were used."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, attend)
         out = self.mlp(self.mlp_norm(x_BTD))
         out_BTD, balance = out if isinstance(self.mlp, Moe) else (out, None)
-        return x_BTD + out_BTD, balance
+        return self.adapter(x_BTD) + out_BTD, balance

@@ -48,6 +48,9 @@ class ModelConfig:
     logit_scale: float = 1.0
     """Factor on the logits. Width growth needs it to keep a tied model's function."""
     init_std: float = 0.02
+    rotation: Literal["none", "global", "block"] = "none"
+    """The basis of the residual stream, where it was turned for activation sparsity: one basis for the whole model, or
+    one of each Block, with an adapter from basis to basis between two Blocks."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -68,6 +71,8 @@ class ModelConfig:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if not 0 < self.logit_scale < math.inf:
             raise ValueError(f"logit_scale={self.logit_scale}: must be a number above 0")
+        if self.rotation != "none" and self.norm != "rmsnorm":
+            raise ValueError(f"rotation={self.rotation!r}: only rmsnorm is the same in every basis, not {self.norm}")
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -110,6 +115,10 @@ class ModelConfig:
     def has_experts(self, block: int) -> bool:
         """Whether the MLP of a Block is a mixture of experts."""
         return self.n_experts > 0 and block not in self.dense_blocks
+
+    def has_adapter(self, block: int) -> bool:
+        """Whether a Block turns the residual stream into the basis of the next one."""
+        return self.rotation == "block" and block < self.n_blocks - 1
 
     def regrouped(self, n_stacks: int) -> "ModelConfig":
         """The same Blocks in another number of Stacks.

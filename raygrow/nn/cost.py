@@ -24,7 +24,7 @@ def block_parameters(config: ModelConfig, block: int) -> int:
         mlp = c.n_experts * (_mlp_parameters(c, c.d_expert) + c.d_model)
     else:
         mlp = _mlp_parameters(c, c.d_ff)
-    return attention + mlp + 2 * _norm_parameters(c)
+    return attention + mlp + _adapter(c, block) + 2 * _norm_parameters(c)
 
 
 def parameters(config: ModelConfig) -> int:
@@ -60,7 +60,7 @@ def block_flops(config: ModelConfig, block: int, seq_len: int) -> Flops:
     queries, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     attention = c.d_model * (2 * queries + 2 * keys)
     mlp = _mlp_matrices(c) * c.d_model * _active_hidden(c, block) + c.has_experts(block) * c.n_experts * c.d_model
-    projections = 2 * (attention + mlp)
+    projections = 2 * (attention + mlp + _adapter(c, block))
     attended = seq_len / 2 if c.attention_mode == "causal" else seq_len
     scores = 2 * 2 * queries * attended
     # scores have no weights: both their gradient products are gradients of inputs
@@ -122,6 +122,11 @@ def _norm_parameters(config: ModelConfig) -> int:
     return config.d_model * (1 if config.norm == "rmsnorm" else 2)
 
 
+def _adapter(config: ModelConfig, block: int) -> int:
+    """Parameters between a Block's basis and the next one's."""
+    return config.has_adapter(block) * config.d_model**2
+
+
 def _mlp_matrices(config: ModelConfig) -> int:
     return 3 if config.mlp == "swiglu" else 2
 
@@ -144,4 +149,4 @@ def _kept_values(config: ModelConfig, block: int) -> int:
     hidden = 3 if c.mlp == "swiglu" else 2
     # each of a token's experts has its own copy of the token's row, and of its output's
     copies = 2 * c.top_k * c.d_model if c.has_experts(block) else 0
-    return 4 * c.d_model + 2 * queries + 4 * keys + copies + hidden * _active_hidden(c, block)
+    return (4 + c.has_adapter(block)) * c.d_model + 2 * queries + 4 * keys + copies + hidden * _active_hidden(c, block)

@@ -4,6 +4,7 @@
 |-----------------------------------------------------------|-----------------------------------|
 | `embedding`, `head`, `q k v`, `gate up`, `router` weights | N(0, init_std)                    |
 | `o`, `down` weights (into the residual stream)            | N(0, init_std / sqrt(2 n_blocks)) |
+| `adapter` weights                                         | the identity                      |
 | norm weights                                              | 1                                 |
 | biases                                                    | 0                                 |
 
@@ -20,7 +21,10 @@ from raygrow.nn.config import ModelConfig
 
 
 def init_rule(name: str, config: ModelConfig) -> tuple[float, float]:
-    """Mean and standard deviation that the parameter `name` starts with (a deviation of 0 is a constant)."""
+    """Mean and standard deviation that the parameter `name` starts with (a deviation of 0 is a constant).
+
+    An adapter's are those of the entries of any orthogonal matrix.
+    """
     *_, module, kind = name.split(".")
     if kind == "bias":
         return 0.0, 0.0
@@ -28,6 +32,8 @@ def init_rule(name: str, config: ModelConfig) -> tuple[float, float]:
         return 1.0, 0.0
     if module in ("o", "down"):
         return 0.0, config.init_std / math.sqrt(2 * config.n_blocks)
+    if module == "adapter":
+        return 0.0, config.d_model**-0.5
     return 0.0, config.init_std
 
 
@@ -36,6 +42,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
     Being keyed by name, it is the same for every worker count and does not change when other parameters come or go.
     """
+    if name.endswith(".adapter.weight"):
+        return torch.eye(config.d_model)
     mean, std = init_rule(name, config)
     if not std:
         return torch.full(shape, mean)

@@ -27,6 +27,7 @@ VARIANTS = {
     "experts": {"n_experts": 4, "top_k": 2},
     "plain_experts": {"n_experts": 3, "top_k": 1, "d_expert": 40, "mlp": "gelu", "mlp_bias": True},
     "some_experts": {"n_experts": 5, "top_k": 2, "norm_topk_prob": False, "dense_blocks": (0, 2)},
+    "adapters": {"rotation": "block", "n_experts": 3, "top_k": 2, "dense_blocks": (1,)},
 }
 
 
@@ -125,6 +126,7 @@ def test_initial_weights_depend_on_name_and_seed_alone() -> None:
         ({"head_dim": 7}, "head_dim=7"),
         ({"n_experts": 2, "top_k": 1, "d_expert": -4}, "d_expert=-4"),
         ({"logit_scale": 0.0}, r"logit_scale=0\.0"),
+        ({"rotation": "block", "norm": "layernorm"}, "only rmsnorm is the same in every basis"),
     ],
 )
 def test_impossible_shapes_are_named(change: dict[str, float], message: str) -> None:

@@ -259,6 +259,7 @@ EXPERTS = {"n_experts": 4, "top_k": 2}
         ({"logit_scale": 0.5}, r"logit_scale=0\.5: .* untie=true"),
         ({"n_heads": 3, "head_dim": 4}, "d_model=8 is not a multiple of n_heads=3"),
         ({"qk_norm": True, "mlp_bias": True}, "mlp_bias=True: a Hugging Face Qwen3 "),
+        ({"rotation": "block"}, "rotation='block': a Hugging Face Llama has no place for adapters"),
         ({**EXPERTS, "mlp": "gelu"}, "mlp='gelu': a Hugging Face Mixtral "),
         ({**EXPERTS, "mlp_bias": True}, "mlp_bias=True"),
         ({**EXPERTS, "attention_bias": True}, "attention_bias=True"),

@@ -30,6 +30,11 @@ def family_of(config: ModelConfig) -> Family:
     """
     dense, mixture = (QWEN3, QWEN3_MOE) if config.qk_norm else (LLAMA, MIXTRAL)
     family = mixture if config.n_experts else dense
+    if config.rotation == "block":
+        raise ValueError(
+            f"rotation='block': a Hugging Face {family.title} has no place for adapters between its layers, so this "
+            "model can only be written as a raygrow folder (rotation=global needs none)"
+        )
     for name, value in family.always.items():
         if getattr(config, name) != value:
             advice = f" ({_ADVICE[name]})" if name in _ADVICE else ""
@@ -110,8 +115,9 @@ def updated_hf_config(settings: Mapping[str, Any], config: ModelConfig) -> dict[
     before = to_hf_config(from_hf_config(settings), settings)
     changed = {key: value for key, value in after.items() if value != before[key]}
     updated = {**settings, **changed}
-    # one that says the same in several keys may now contradict itself
-    return updated if from_hf_config(updated) == config.regrouped(1) else {**settings, **after}
+    # one that says the same in several keys may now contradict itself; of a basis no config.json says anything
+    meant = replace(config.regrouped(1), rotation="none")
+    return updated if from_hf_config(updated) == meant else {**settings, **after}
 
 
 def _refuse_what_raygrow_has_not(settings: Mapping[str, Any]) -> None:
