@@ -1,0 +1,108 @@
+"""What the inputs of every Block look like on a text: second moments and magnitudes, a Block at a time.
+
+Only one Block's weights are on the device at any moment, beside the hidden states of the whole text.
+
+Shapes: B sequences, T tokens, D model.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raygrow.nn.attention import default_attend
+from raygrow.nn.block import Block
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.rope import rope_angles
+from raygrow.progress import Progress, silent
+from raygrow.sparsity.histogram import Histogram
+from raygrow.sparsity.inputs import INPUTS, Input
+
+
+@dataclass
+class BlockStatistics:
+    """Of the inputs of one Block."""
+
+    moments: dict[Input, Tensor] = field(default_factory=dict)
+    """Of `attention` and `mlp`, the sum over tokens of x^T x, `(D, D)` in fp64 on the CPU, where x is normalised but
+    has no gains yet: what a rotated model, whose gains are in its weights, has in its own basis."""
+    magnitudes: dict[Input, Histogram] = field(default_factory=lambda: {name: Histogram() for name in INPUTS})
+    """Of what the projections read, gains included."""
+
+
+@torch.no_grad()
+def calibrate(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    tokens_BT: Tensor,
+    *,
+    device: torch.device,
+    batch_size: int = 4,
+    progress: Progress = silent,
+) -> Iterator[BlockStatistics]:
+    """Statistics of every Block, in order, in fp32 at least.
+
+    Args:
+        config: The model.
+        tensors: Its parameters by name, perhaps read from a file as they are asked for.
+        tokens_BT: The text, sequences as long as those that the model is used for.
+        device: Where to compute.
+        batch_size: Sequences at a time.
+        progress: Told of every Block.
+    """
+    dtype = torch.promote_types(tensors["embedding.weight"].dtype, torch.float32)
+    batches = tokens_BT.split(batch_size)
+    embedding_VD = tensors["embedding.weight"]
+    states = [embedding_VD[batch.to(embedding_VD.device)].to(device, dtype) for batch in batches]
+    positions_T = torch.arange(tokens_BT.shape[1], device=device)
+    rope = rope_angles(positions_T, head_dim=config.head_dim, theta=config.rope_theta)
+    attend = default_attend(config)
+    for index in range(config.n_blocks):
+        block = load_block(config, tensors, index).to(device, dtype)
+        statistics = BlockStatistics()
+        hooks = _watch(block, config, statistics)
+        states = [block(x_BTD, rope, attend)[0] for x_BTD in states]
+        for hook in hooks:
+            hook.remove()
+        statistics.moments = {name: moment.cpu() for name, moment in statistics.moments.items()}
+        yield statistics
+        progress(index + 1, config.n_blocks, "blocks calibrated")
+
+
+def load_block(config: ModelConfig, tensors: Mapping[str, Tensor], index: int) -> Block:
+    """One Block of a model with its parameters, which may be views of a file."""
+    with torch.device("meta"):
+        block = Block(config, index)
+    names = [name for name, _ in block.named_parameters()]
+    block.load_state_dict({name: tensors[f"blocks.{index}.{name}"] for name in names}, assign=True)
+    return block.requires_grad_(False)
+
+
+def _watch(block: Block, config: ModelConfig, statistics: BlockStatistics) -> list:
+    """Hooks that add what comes into a Block's norms and projections to its statistics."""
+
+    def moment(name: Input):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x_ND = F.rms_norm(inputs[0].flatten(0, -2), (config.d_model,), eps=config.norm_eps)
+            # each batch in its own precision: only the sum over many needs more
+            found_DD = (x_ND.T @ x_ND).double()
+            statistics.moments[name] = statistics.moments[name] + found_DD if name in statistics.moments else found_DD
+
+        return hook
+
+    def magnitudes(name: Input):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            statistics.magnitudes[name].add(inputs[0])
+
+        return hook
+
+    mlp = block.mlp.experts if hasattr(block.mlp, "experts") else block.mlp
+    places: dict[Input, nn.Module] = {"attention": block.attention, "o": block.attention.o, "mlp": block.mlp}
+    hooks = [module.register_forward_pre_hook(magnitudes(name)) for name, module in places.items()]
+    hooks.append(mlp.down.register_forward_pre_hook(magnitudes("down")))
+    if config.norm == "rmsnorm":
+        hooks.append(block.attention_norm.register_forward_pre_hook(moment("attention")))
+        hooks.append(block.mlp_norm.register_forward_pre_hook(moment("mlp")))
+    return hooks

@@ -1,0 +1,50 @@
+"""Bases of the residual stream in which its energy lies in few entries (LaRoSA, arXiv 2507.01299).
+
+A basis is an orthogonal matrix Q: what was x is x Q in it. Shapes: D model.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from raygrow.nn.config import ModelConfig
+from raygrow.sparsity.calibrate import BlockStatistics
+from raygrow.sparsity.inputs import ROTATED
+
+DAMPING = 0.01
+"""Of the mean diagonal, added to it."""
+
+
+def principal_basis(moment_DD: Tensor) -> Tensor:
+    """The eigenvectors of a second moment, `(D, D)` in fp64, those of most energy first.
+
+    Args:
+        moment_DD: Symmetric, fp64.
+    """
+    damping = DAMPING * moment_DD.diagonal().mean()
+    damped_DD = moment_DD + damping * torch.eye(len(moment_DD), dtype=moment_DD.dtype, device=moment_DD.device)
+    return torch.linalg.eigh(damped_DD).eigenvectors.flip(1)
+
+
+def block_bases(statistics: Iterable[BlockStatistics], device: torch.device) -> list[Tensor]:
+    """A basis for each Block, on the CPU: of what its attention and its MLP read, which share the residual stream."""
+    return [principal_basis(_moment(block).to(device)).cpu() for block in statistics]
+
+
+def global_basis(statistics: Iterable[BlockStatistics], config: ModelConfig, device: torch.device) -> list[Tensor]:
+    """One basis for the whole model, once per Block: of what all of its Blocks read."""
+    total_DD = None
+    for block in statistics:
+        total_DD = _moment(block) if total_DD is None else total_DD + _moment(block)
+    assert total_DD is not None, "a model has Blocks"
+    return [principal_basis(total_DD.to(device)).cpu()] * config.n_blocks
+
+
+def is_orthogonal(bases: Sequence[Tensor], tolerance: float = 1e-10) -> bool:
+    """Whether every matrix is a basis: a solver that failed would silently change the model."""
+    return all(bool(((q_DD.T @ q_DD - torch.eye(len(q_DD))).abs() < tolerance).all()) for q_DD in bases)
+
+
+def _moment(block: BlockStatistics) -> Tensor:
+    return torch.stack([block.moments[name] for name in ROTATED]).sum(0)
