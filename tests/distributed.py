@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.processes import PROCESSES
+
 
 def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any) -> list[Any]:
     """Calls `function(*arguments)` in `workers` processes joined by gloo; returns what each gave back, by rank.
@@ -19,7 +21,12 @@ def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any)
         if workers == 1:
             _enter(0, 1, folder, function, arguments)
         else:
-            mp.spawn(_enter, args=(workers, folder, function, arguments), nprocs=workers)
+            mp.start_processes(
+                _enter,
+                args=(workers, folder, function, arguments),
+                nprocs=workers,
+                start_method=PROCESSES.get_start_method(),
+            )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(workers)]
 
 

@@ -3,8 +3,6 @@
 import copy
 import re
 import shlex
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from ray.scripts.scripts import cli as ray_cli
 from ray.serve.schema import ServeDeploySchema
 
 from raygrow.runtime.serve_config import read_config
+from tests.processes import run_script
 
 ROOT = Path(__file__).parents[1]
 SHARED = "/mnt/raygrow"
@@ -252,8 +251,8 @@ def test_jobs_of_the_docs_compose(words: list[str], tmp_path: Path) -> None:
         if word.startswith(("data.path=", "storage_path=")):
             assert word.partition("=")[2].startswith((SHARED, "$PWD/")), "a job's paths are absolute"
     job, *rest = words[1:]
-    line = [sys.executable, str(ROOT / job), *(word.replace("$PWD", str(tmp_path)) for word in rest), "dry_run=true"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    placed = [word.replace("$PWD", str(tmp_path)) for word in rest]
+    done = run_script(ROOT / job, [*placed, "dry_run=true"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.weights.folder import write_folder
+from tests.processes import run_script
 
 RAYGROW = Path(sys.executable).parent / "raygrow"
 ROOT = Path(__file__).parents[1]
@@ -39,21 +38,8 @@ def failed(here: Path, *words: str, limit: int | None = None) -> str:
         words: What follows `raygrow`.
         limit: Most bytes that it may write to one file: a disk that is full.
     """
-
-    def limit_file_size() -> None:
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     environment = {key: value for key, value in os.environ.items() if key != "RAYGROW_TRACEBACK"}
-    result = subprocess.run(
-        [RAYGROW, *words],
-        capture_output=True,
-        text=True,
-        cwd=here,
-        env=environment,
-        preexec_fn=limit_file_size,
-        check=False,
-    )
+    result = run_script(RAYGROW, words, cwd=here, environment=environment, largest_file=limit)
     assert result.returncode == 2, result
     error = result.stderr.splitlines()[-1]
     assert error.startswith("raygrow: "), result.stderr

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run_script
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -16,13 +18,18 @@ COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in blo
 QUICK = [command for command in COMMANDS if "dry_run=true" in command or "timing" in command]
 
 
-def run(command: list[str], folder: Path) -> str:
-    """Runs a command line in `folder` with this environment's raygrow; gives its output."""
+def script(command: list[str]) -> tuple[Path, list[str]]:
+    """The file that a command runs, this environment's raygrow or a job, and the words after it."""
     program, *arguments = command
     if program == "raygrow":
-        line = [str(Path(sys.executable).with_name("raygrow")), *arguments]
-    else:
-        line = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+        return Path(sys.executable).with_name("raygrow"), arguments
+    return ROOT / arguments[0], arguments[1:]
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Runs a command line in `folder`; gives its output."""
+    file, arguments = script(command)
+    line = [sys.executable, str(file), *arguments]
     if arguments[:1] == ["serve"]:
         return serve(line, folder)
     typed = "Hello\n/quit\n" if arguments[:1] == ["chat"] else None
@@ -62,7 +69,9 @@ def test_the_make_targets_exist() -> None:
 
 @pytest.mark.parametrize("command", QUICK, ids=shlex.join)
 def test_commands_that_only_look(command: list[str], tmp_path: Path) -> None:
-    assert run(command, tmp_path).strip()
+    done = run_script(*script(command), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 @pytest.mark.slow

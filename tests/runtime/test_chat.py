@@ -136,7 +136,7 @@ def scripted() -> Iterator[tuple[type[Scripted], str]]:
         seen: list[dict[str, Any]] = []  # noqa: RUF012 (one server, one list)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield Handler, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()

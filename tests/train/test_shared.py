@@ -1,6 +1,5 @@
 """Shared work: a forked trial is the trial run alone, each stretch is trained once, a kill leaves states to use."""
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from raygrow.train.shared import (
     train_segment,
 )
 from tests.distributed import run_distributed
+from tests.processes import PROCESSES
 
 TARGET = ModelConfig(vocab_size=512, d_model=16, n_heads=2, n_kv_heads=2, d_ff=32, blocks_per_stack=4, max_seq_len=32)
 TRAIN = TrainConfig(
@@ -176,7 +176,7 @@ def train_until_killed(segment: Segment, states: Path, data: Path, step: int) ->
 def test_a_kill_leaves_states_to_go_on_from(data: Path, tmp_path: Path) -> None:
     phases = scratch(40)
     trunk, tail = cut(data, phases)
-    process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(trunk, tmp_path, data, 18))
+    process = PROCESSES.Process(target=train_until_killed, args=(trunk, tmp_path, data, 18))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
