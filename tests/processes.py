@@ -12,7 +12,10 @@ from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["pytest", "transformers", "raygrow.cli", "raygrow.train.shared", "raygrow.runtime.train", "raygrow.runtime.tune"]
+    [
+        *("pytest", "transformers", "raygrow.cli", "raygrow.train.shared"),
+        *("raygrow.runtime.train", "raygrow.runtime.tune", "raygrow.runtime.serve_replica"),
+    ]
 )
 
 

@@ -1,8 +1,6 @@
 """One replica by itself: how it gathers pieces, ends when its engine does, and what its load asks for."""
 
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from raygrow.data.corpus import FilesCorpus
 from raygrow.infer.request import Delta
 from raygrow.runtime.openai.answering import merged
 from raygrow.runtime.serve_replica import engine_load
+from tests.processes import run_script
 from tests.runtime.serving import random_model
 
 
@@ -96,9 +95,8 @@ STUCK = """
 )
 def test_a_replica_ends_with_its_engine(fault: str, told: str, corpus: FilesCorpus, tmp_path: Path) -> None:
     folder = random_model(tmp_path / "model", Path(corpus.path) / "tokenizer")
-    script = textwrap.dedent(STUCK).replace("{fault}", fault)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False, timeout=120
-    )
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(STUCK).replace("{fault}", fault))
+    done = run_script(script, [str(folder)], cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert re.fullmatch(told, done.stdout.strip()), done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""One real run on two workers, from a model folder through a growth to the report, with its control from scratch."""
+"""One real run on one worker, then two, from a model folder through a growth to the report, with its control."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def run(tiny: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     write_folder(here / "small", config, model.state_dict().items())
     stacked = replace(tiny.plan.phases["stacked"], steps=10, save_start="grown", save_end="stacked_final")
     phases = {
-        "base": PhaseConfig(init="small", steps=10, save_start="begun", save_end="base_final"),
+        "base": PhaseConfig(init="small", steps=10, workers=1, save_start="begun", save_end="base_final"),
         "stacked": stacked,
     }
     return replace(tiny, name="whole", storage_path=str(here / "runs"), plan=PlanConfig(phases=phases), control=True)
