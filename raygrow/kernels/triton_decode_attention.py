@@ -31,6 +31,9 @@ def _attend_part(
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, SMALLEST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    # addresses, not tensors: a launch would look at the first byte of a tensor, whose page may not exist
+    k = k.to(tl.pointer_type(q.dtype.element_ty))
+    v = v.to(tl.pointer_type(q.dtype.element_ty))
     kv_head, row, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row).to(tl.int32)
     size = _part_tokens(length, PARTS, SMALLEST, BLOCK_T)
@@ -105,6 +108,7 @@ def decode_attention_triton(
     kv_heads = k_STKH.shape[2]
     shared = heads // kv_heads
     assert q_RNH.is_contiguous(), "queries must be contiguous"
+    assert q_RNH.dtype == k_STKH.dtype == v_STKH.dtype, "queries, keys and values must be of one type"
     assert k_STKH.stride() == v_STKH.stride(), "keys and values must have the same strides"
     assert k_STKH.stride()[2:] == (dim, 1), "the heads of a token must be contiguous"
     parts = min(MOST_PARTS, triton.cdiv(k_STKH.shape[1], SMALLEST_PART))
@@ -117,7 +121,7 @@ def decode_attention_triton(
         return out_RNH
     # the parts are the slowest dimension of the grid, so that the empty ones come last
     _attend_part[(kv_heads, rows, parts)](
-        q_RNH, k_STKH, v_STKH, slots_R, lengths_R, partial_RNPH, maxima_RNP, sums_RNP,
+        q_RNH, k_STKH.data_ptr(), v_STKH.data_ptr(), slots_R, lengths_R, partial_RNPH, maxima_RNP, sums_RNP,
         k_STKH.stride(0), k_STKH.stride(1), dim**-0.5,
         K=kv_heads, G=shared, H=dim, PARTS=parts, SMALLEST=SMALLEST_PART,
         BLOCK_T=block_t, BLOCK_G=1 if shared == 1 else max(16, triton.next_power_of_2(shared)),

@@ -10,6 +10,7 @@ sorted by expert, D model, E experts.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raygrow.nn.config import ModelConfig
@@ -97,7 +98,9 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad_SD,), (slots_NK,) = grads, ctx.saved_tensors
-        return grad_SD[slots_NK].sum(1), None, None
+        # one kernel of torch's own: compiled, an indexed sum is fused with the backward pass of the norm before it, and
+        # that kernel reads back what it stores without a barrier (pytorch/pytorch#190517): gradients are garbage
+        return F.embedding_bag(slots_NK, grad_SD, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):

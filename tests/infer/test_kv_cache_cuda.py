@@ -53,7 +53,7 @@ def test_nothing_leaks_and_nothing_is_shared(layout: Layout) -> None:
 def test_the_device_counts_as_the_cache_does(layout: Layout, dtype: torch.dtype) -> None:
     torch.zeros(1, device="cuda")
     outside = torch.cuda.mem_get_info()[0]
-    cache = make_cache(layout, strips=40, dtype=dtype)
+    cache = make_cache(layout, strips=50, dtype=dtype)
 
     def taken() -> int:
         return outside - torch.cuda.mem_get_info()[0]

@@ -1,6 +1,6 @@
 """On a GPU: bf16 and compiled, a resumed run still equals the uninterrupted one to the bit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,12 @@ def run(folder: Path, data: Path, model: ModelConfig, config: TrainConfig = TRAI
     phase = resolve(PlanConfig(phases={"base": PhaseConfig(steps=30)}), model, TRAIN)[0]
     train_phase(phase, config, data=data, seed=0, source=None, session=session, device="cuda:0")
     return session.records()
+
+
+@pytest.fixture(autouse=True)
+def no_determinism_after() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
