@@ -3,7 +3,7 @@
     python benchmarks/optimizer_state.py                       everything: data, runs, table
     python benchmarks/optimizer_state.py --smoke               tiny, also on a CPU: does it all work?
 
-3 blocks of d 512, trained on 10 % of the FLOPs of 90M tokens, stacked 4 times, then the rest. Each choice is run with
+3 blocks of d 512, trained on 10 % of the FLOPs of 36M tokens, stacked 4 times, then the rest. Each choice is run with
 and without warming the learning rate up again, for two seeds (which decide the initial weights and the order of the
 data). All runs of a seed grow the same base.
 """
@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.folder, smoke=arguments.smoke, per_gpu=arguments.per_gpu)
     bench.prepare()
-    budget = "plan.tokens=40e3" if arguments.smoke else "plan.tokens=90e6"
+    budget = "plan.tokens=40e3" if arguments.smoke else "plan.tokens=36e6"
     folder = bench.search("optimizer_state", "optimizer_state", *GROWN, budget)
     (contest,) = load_search([folder]).contests
     rows = sorted(map(row, contest.settings), key=lambda row: (row["warmup_steps"], row["optimizer_state"]))
