@@ -193,8 +193,7 @@ def run_arm(arm: Arm, model: Rack, lengths: list[int], steps: int, device: torch
         for slot, position in enumerate(positions):
             assert cache.ensure(slot, position + 1)
             cache.map_ahead(slot, position + 1 + MAPPED_AHEAD)
-        step_3R = torch.tensor([[1] * slots, positions, list(range(slots))]).to(device)
-        forward(step_3R).argmax(-1).cpu()
+        forward([[1] * slots, positions, list(range(slots))]).cpu()
         if step >= 0:
             arm.seconds.append(time.perf_counter() - start)
     usage = cache.usage
@@ -212,17 +211,18 @@ def run_arm(arm: Arm, model: Rack, lengths: list[int], steps: int, device: torch
         torch.cuda.empty_cache()
 
 
-def make_forward(model: Rack, cache: KvCache, rows: int) -> Callable[[Tensor], Tensor]:
-    """Logits of a decoding step, given token, position and slot of each row."""
+def make_forward(model: Rack, cache: KvCache, rows: int) -> Callable[[list[list[int]]], Tensor]:
+    """The likeliest tokens of a decoding step, given tokens, positions and slots of the rows."""
     if cache.k[0].is_cuda:
-        return DecodeGraphs(model, cache, rows).run
+        graphs = DecodeGraphs(model, cache, rows)
+        return lambda numbers: graphs.run(numbers)[1]
 
-    def forward(step_3R: Tensor) -> Tensor:
-        tokens_R, positions_R, slots_R = step_3R
+    def forward(numbers: list[list[int]]) -> Tensor:
+        tokens_R, positions_R, slots_R = torch.tensor(numbers)
         attends = cache_attends(cache, Decodes(slots_R, positions_R, positions_R + 1), [])
         logits_BTV = model(tokens_R[None], positions_T=positions_R, attends=attends)
         assert isinstance(logits_BTV, Tensor)
-        return logits_BTV[0]
+        return logits_BTV[0].argmax(-1)
 
     return forward
 

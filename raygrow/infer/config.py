@@ -31,6 +31,8 @@ class EngineConfig:
     """Take the beginning of a prompt from a sequence that began alike."""
     enforce_eager: bool = False
     """No CUDA graphs."""
+    async_scheduling: bool | None = None
+    """Begin a step before the texts of the one before are made; on CUDA, which computes meanwhile, when not given."""
     kv_layout: KvLayout = "auto"
     """How Blocks share pages of memory."""
 

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from raygrow.infer.budget import cache_budget
 from raygrow.infer.config import EngineConfig
@@ -15,10 +15,12 @@ from raygrow.infer.kv_cache import KvCache
 from raygrow.infer.output import Output
 from raygrow.infer.request import Delta, FinishReason, Logprob, Request
 from raygrow.infer.runner import Runner
-from raygrow.infer.sampler import NOT_A_NUMBER, choose_tokens, logprobs
-from raygrow.infer.scheduler import Chunk, Scheduler
+from raygrow.infer.sampler import NOT_A_NUMBER
+from raygrow.infer.scheduler import Scheduler
 from raygrow.infer.sequence import Sequence
 from raygrow.infer.slots import Slots
+from raygrow.infer.staging import on_device
+from raygrow.infer.step import Step
 from raygrow.nn.rack import Rack
 from raygrow.text.tokenizer import Tokenizer, load_tokenizer
 from raygrow.weights.folder import finished_model, load_model
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 LARGEST_GRAPH = 512
 """Sequences: beyond this many, a step is long beside its launches."""
 
+_NO_NUMBERS = "the model's outputs are not numbers: its weights are damaged"
 _NO_ROOM = "the device has less memory left for keys and values than this sequence needs"
 
 
@@ -56,6 +59,16 @@ class _Running:
     output: Output
 
 
+class _New(NamedTuple):
+    """What a step has brought to a sequence."""
+
+    sequence: Sequence
+    token: int | None = None
+    logprob: Logprob | None = None
+    reason: FinishReason | None = None
+    """Why the sequence ends, if it is known without its text."""
+
+
 class Engine:
     """Continues requests. Synchronous, for one thread: `loop.EngineLoop` gives it one.
 
@@ -78,7 +91,9 @@ class Engine:
         self._end_ids = frozenset([tokenizer.eos_id] if end_ids is None else end_ids)
         self._vocab_size = model.config.vocab_size
         wanted = config.max_model_len or model.config.max_seq_len
-        self._cache = _make_cache(model, config, wanted)
+        self._device = model.embedding.weight.device
+        with on_device(self._device):
+            self._cache = _make_cache(model, config, wanted)
         self.max_model_len = min(wanted, self._cache.max_sequence_tokens)
         """Tokens of the longest sequence, prompt and answer together."""
         if config.max_model_len is not None and self.max_model_len < wanted:
@@ -87,10 +102,14 @@ class Engine:
                 f"{self.max_model_len} tokens; lower the one or raise the other"
             )
         graphs = min(config.max_num_seqs, LARGEST_GRAPH) if can_record(model) and not config.enforce_eager else 0
-        self._runner = Runner(model.eval(), self._cache, graphs=graphs)
+        with on_device(self._device):
+            self._runner = Runner(model.eval(), self._cache, largest=config.max_num_batched_tokens, graphs=graphs)
         slots = Slots(self._cache, config.max_num_seqs, reuse=config.enable_prefix_caching)
         self._scheduler = Scheduler(slots, config.max_num_batched_tokens)
         self._requests: dict[str, _Running] = {}
+        self._async = model.embedding.weight.is_cuda if config.async_scheduling is None else config.async_scheduling
+        self._ahead: Step | None = None
+        """The next step, which the device is at already. Sequences of it may have ended meanwhile."""
         self._steps = self._tokens = self._prefix_hit_tokens = 0
 
     def check(self, request: Request) -> None:
@@ -130,23 +149,20 @@ class Engine:
     def step(self) -> list[Delta]:
         """Computes one step: a token of every running sequence, and prompts as far as the budget goes.
 
+        With `async_scheduling` the device goes on to the next step while texts are made of this one's tokens.
+
         Returns:
             What is new of each request that has something new.
         """
-        chunks = self._scheduler.schedule()
-        if not chunks:  # nobody runs: who has waited longest finds no room although all of it is free
-            return [self._end(sequence, "error", error=_NO_ROOM) for sequence in list(self._scheduler.waiting)[:1]]
-        logits_LV = self._runner.run(chunks)
-        self._steps += 1
-        completed = self._settle(chunks, logits_LV)
-        sampled = [(sequence, row) for sequence, row in completed if sequence.request.sampling.max_tokens]
-        tokens = self._choose(sampled, logits_LV)
-        found = _new_logprobs(sampled, tokens, logits_LV)
-        scored = [
-            self._end(sequence, "length") for sequence, _ in completed if not sequence.request.sampling.max_tokens
-        ]
-        pushed = zip(sampled, tokens, found, strict=True)
-        return scored + [self._push(sequence, token, logprob) for (sequence, _), token, logprob in pushed]
+        with on_device(self._device):
+            step = self._ahead or self._begin()
+            self._ahead = None
+            if step is None:  # nobody runs: who has waited longest finds no room although all of it is free
+                return [self._end(sequence, error=_NO_ROOM) for sequence in list(self._scheduler.waiting)[:1]]
+            news = self._take(step)
+            if self._async:
+                self._ahead = self._begin()
+            return [self._tell(new) for new in news]
 
     @property
     def has_work(self) -> bool:
@@ -175,93 +191,74 @@ class Engine:
         return self._cache.reclaim()
 
     def close(self) -> None:
-        """Gives all memory of the cache back to the device; the engine must not be used any more."""
+        """Gives all memory of the cache back to the device; the engine must not be used any more. Twice is as once."""
+        self._ahead = None
         self._cache.close()
 
-    def _settle(self, chunks: list[Chunk], logits_LV: Tensor) -> list[tuple[Sequence, int]]:
-        """Notes that chunks are computed, and scores prompts.
+    def _begin(self) -> Step | None:
+        """Has the device compute a step. None if there is nothing that could be computed."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return None
+        self._steps += 1
+        return Step(chunks, self._runner.run(chunks))
 
-        Returns:
-            The sequences whose next token can be chosen, each with its row of the logits.
-        """
-        completed, scores, row = [], [], 0
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if sequence.unscored:
-                targets = range(
-                    max(chunk.start + 1, len(sequence.prompt_logprobs)), min(chunk.stop + 1, sequence.prompt_length)
-                )
-                scores += [(sequence, target, row + target - 1 - chunk.start) for target in targets]
-            row += len(chunk.wanted)
-            if chunk.completes:
-                completed.append((sequence, row - 1))
-            sequence.computed = chunk.stop
-        if scores:
-            tokens = [sequence.tokens[target] for sequence, target, _ in scores]
-            counts = [sequence.request.sampling.prompt_logprobs or 0 for sequence, _, _ in scores]
-            found = logprobs(logits_LV[[row for _, _, row in scores]], tokens, counts)
-            for (sequence, _, _), logprob in zip(scores, found, strict=True):
-                sequence.prompt_logprobs.append(logprob)
-        return completed
+    def _take(self, step: Step) -> list[_New]:
+        """Gives sequences the tokens of a step when they are there, and ends those that end whatever their text is."""
+        living = [running.sequence for running in self._requests.values()]
+        news = [_New(sequence, reason="length") for sequence in step.scored if sequence in living]
+        for sequence, token, logprob in step.take(living):
+            if token == NOT_A_NUMBER:
+                news.append(_New(sequence, reason="error"))
+                continue
+            sequence.tokens.append(token)
+            self._tokens += 1
+            reason = self._requests[sequence.request.id].output.count(token)
+            news.append(_New(sequence, token, logprob, reason))
+        for new in news:
+            if new.reason:
+                self._scheduler.remove(new.sequence)
+        return news
 
-    def _choose(self, sampled: list[tuple[Sequence, int]], logits_LV: Tensor) -> list[int]:
-        if not sampled:
-            return []
-        if len(sampled) < len(logits_LV):
-            logits_LV = logits_LV[[row for _, row in sampled]]
-        return choose_tokens(
-            logits_LV,
-            [sequence.request.sampling for sequence, _ in sampled],
-            [sequence.seed for sequence, _ in sampled],
-            [sequence.generated for sequence, _ in sampled],
-        )
-
-    def _push(self, sequence: Sequence, token: int, logprob: Logprob | None) -> Delta:
-        """Adds a token to a sequence and says what is new."""
-        if token == NOT_A_NUMBER:
-            return self._end(sequence, "error", error="the model's outputs are not numbers: its weights are damaged")
-        first = not sequence.generated
-        sequence.tokens.append(token)
-        self._tokens += 1
-        text, reason = self._requests[sequence.request.id].output.push(token)
-        delta = Delta(
-            sequence.request.id,
-            (token,),
+    def _tell(self, new: _New) -> Delta:
+        """What is new of a request, its text included."""
+        sequence, id = new.sequence, new.sequence.request.id
+        if new.token is None:
+            del self._requests[id]
+            return _last(sequence, new.reason or "error", error=_NO_NUMBERS if new.reason == "error" else None)
+        first = sequence.generated == 1
+        text, reason = self._requests[id].output.push(new.token, new.reason)
+        if first:
+            self._prefix_hit_tokens += sequence.cached or 0
+        if reason:
+            del self._requests[id]
+            if not new.reason:  # a stop text: the device may be at its next token, which nobody will ask for
+                self._scheduler.remove(sequence)
+        return Delta(
+            id,
+            (new.token,),
             text,
-            logprobs=() if logprob is None else (logprob,),
+            logprobs=() if new.logprob is None else (new.logprob,),
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
             finish_reason=reason,
             cached_tokens=sequence.cached or 0,
         )
-        if first:
-            self._prefix_hit_tokens += delta.cached_tokens
-        if reason:
-            self.abort(sequence.request.id)
-        return delta
 
-    def _end(self, sequence: Sequence, reason: FinishReason, *, error: str | None = None) -> Delta:
-        """Ends a request without a new token."""
+    def _end(self, sequence: Sequence, *, error: str) -> Delta:
+        """Ends a request that cannot go on."""
         self.abort(sequence.request.id)
-        return Delta(
-            sequence.request.id,
-            prompt_logprobs=() if sequence.generated else tuple(sequence.prompt_logprobs),
-            finish_reason=reason,
-            error=error,
-            cached_tokens=sequence.cached or 0,
-        )
+        return _last(sequence, "error", error=error)
 
 
-def _new_logprobs(sampled: list[tuple[Sequence, int]], tokens: list[int], logits_LV: Tensor) -> list[Logprob | None]:
-    """Of the chosen tokens, where they are asked for."""
-    found: list[Logprob | None] = [None] * len(sampled)
-    counts = [sequence.request.sampling.logprobs for sequence, _ in sampled]
-    asked = [i for i, count in enumerate(counts) if count is not None and tokens[i] != NOT_A_NUMBER]
-    if asked:
-        rows = logits_LV[[sampled[i][1] for i in asked]]
-        given = logprobs(rows, [tokens[i] for i in asked], [counts[i] or 0 for i in asked])
-        for i, logprob in zip(asked, given, strict=True):
-            found[i] = logprob
-    return found
+def _last(sequence: Sequence, reason: FinishReason, *, error: str | None) -> Delta:
+    """The end of a request, without a new token."""
+    return Delta(
+        sequence.request.id,
+        prompt_logprobs=() if sequence.generated else tuple(sequence.prompt_logprobs),
+        finish_reason=reason,
+        error=error,
+        cached_tokens=sequence.cached or 0,
+    )
 
 
 def _make_cache(model: Rack, config: EngineConfig, max_tokens: int) -> KvCache:

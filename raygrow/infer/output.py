@@ -18,24 +18,32 @@ class Output:
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, *, end_ids: frozenset[int], max_tokens: int) -> None:
         sampling = sequence.request.sampling
-        self._stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else end_ids)
+        self._end_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else end_ids)
         self._left = max_tokens
         self._decoder = IncrementalDecoder(tokenizer, sequence.request.prompt)
         self._stops = StopFinder(sampling.stop) if sampling.stop else None
 
-    def push(self, token: int) -> tuple[str, FinishReason | None]:
-        """The text that a new token adds, as far as it is certain, and why the sequence ends with it, if it does."""
+    def count(self, token: int) -> FinishReason | None:
+        """Why the sequence ends with a new token, if it does whatever its text is. For every token, before `push`."""
         self._left -= 1
-        ends = token in self._stop_ids
-        text = "" if ends else self._decoder.push([token])
-        last = ends or not self._left
-        if last:
+        if token in self._end_ids:
+            return "stop"
+        return None if self._left else "length"
+
+    def push(self, token: int, reason: FinishReason | None) -> tuple[str, FinishReason | None]:
+        """The text that a new token adds, as far as it is certain, and why the sequence ends with it, if it does.
+
+        Args:
+            token: The new one.
+            reason: What `count` has said of it.
+        """
+        text = "" if reason == "stop" else self._decoder.push([token])
+        if reason:
             text += self._decoder.flush()
-        stopped = False
         if self._stops is not None:
             text, stopped = self._stops.push(text)
-            if last and not stopped:
+            if stopped:
+                return text, "stop"
+            if reason:
                 text += self._stops.flush()
-        if ends or stopped:
-            return text, "stop"
-        return text, "length" if last else None
+        return text, reason

@@ -3,6 +3,8 @@
 Shapes: T tokens of the step, R decoding rows, L rows whose logits are wanted, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
@@ -11,7 +13,16 @@ from raygrow.infer.attention import KERNELS, Decodes, Stretch, cache_attends, ca
 from raygrow.infer.graphs import DecodeGraphs
 from raygrow.infer.kv_cache import KvCache
 from raygrow.infer.scheduler import Chunk
+from raygrow.infer.staging import Staging, to_device
 from raygrow.nn.rack import Rack
+
+
+class Computed(NamedTuple):
+    """What the model says; the device may still be at it. It is overwritten by the next step."""
+
+    logits_LV: Tensor
+    likeliest_L: Tensor | None
+    """The tokens chosen greedily, where they are known."""
 
 
 class Runner:
@@ -20,34 +31,41 @@ class Runner:
     Args:
         model: In the dtype and on the device that it runs in.
         cache: For that model.
+        largest: Tokens of a step, at most.
         graphs: The largest number of sequences whose decoding is recorded as a CUDA graph; 0 for none.
     """
 
-    def __init__(self, model: Rack, cache: KvCache, *, graphs: int = 0) -> None:
+    def __init__(self, model: Rack, cache: KvCache, *, largest: int, graphs: int = 0) -> None:
         self._model, self._cache = model, cache
         self._device = model.embedding.weight.device
+        self._staging = Staging(largest, self._device)
         self._graphs = DecodeGraphs(model, cache, graphs) if graphs else None
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> Tensor:
+    def run(self, chunks: list[Chunk]) -> Computed:
         """Computes chunks, those of a single token first, and stores their keys and values.
 
         Returns:
-            `(L, V)` logits of the positions that the chunks want, in their order.
+            For the positions that the chunks want, in their order.
         """
-        step_3T = self._to_device(_numbers(chunks))
+        numbers = _numbers(chunks)
         decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks)
         if self._graphs is not None and decoding == len(chunks) <= self._graphs.largest:
-            logits_RV = self._graphs.run(step_3T)
-            return logits_RV if all(chunk.wanted for chunk in chunks) else logits_RV[self._wanted(chunks)]
-        tokens_T, positions_T, slots_T = step_3T
+            logits_RV, likeliest_R = self._graphs.run(numbers)
+            if all(chunk.wanted for chunk in chunks):
+                return Computed(logits_RV, likeliest_R)
+            return Computed(logits_RV[self._wanted(chunks)], None)
+        tokens_T, positions_T, slots_T = self._staging.send(numbers)
         decodes = None
         if decoding:
             rows = slice(0, decoding)
             decodes = Decodes(slots_T[rows], positions_T[rows], positions_T[rows] + 1)
         attends = cache_attends(self._cache, decodes, self._stretches(chunks[decoding:], decoding))
         with sdpa_kernel(KERNELS):
-            return self._model(tokens_T[None], positions_T=positions_T, attends=attends, rows=self._wanted(chunks))[0]
+            logits_BLV = self._model(
+                tokens_T[None], positions_T=positions_T, attends=attends, rows=self._wanted(chunks)
+            )
+        return Computed(logits_BLV[0], None)
 
     def _stretches(self, chunks: list[Chunk], row: int) -> list[Stretch]:
         stretches = []
@@ -65,13 +83,7 @@ class Runner:
         for chunk in chunks:
             rows += [first + position - chunk.start for position in chunk.wanted]
             first += chunk.stop - chunk.start
-        return self._to_device(rows)
-
-    def _to_device(self, numbers: list) -> Tensor:
-        tensor = torch.tensor(numbers, dtype=torch.int64)
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+        return to_device(rows, self._device)
 
 
 def _numbers(chunks: list[Chunk]) -> list[list]:

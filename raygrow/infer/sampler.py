@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raygrow.infer.request import Logprob
 from raygrow.infer.sampling import Sampling
+from raygrow.infer.staging import to_device
 
 NOT_A_NUMBER = -1
 """Stands for a token where the model gave no usable logits."""
@@ -20,38 +21,59 @@ TIES = 4
 """Alternatives looked at beyond those asked for: `topk` gives equals in any order, and the lowest id is to be first."""
 
 
-def choose_tokens(logits_RV: Tensor, samplings: Row[Sampling], seeds: Row[int], numbers: Row[int]) -> list[int]:
-    """The next tokens.
+def likeliest(logits_RV: Tensor) -> Tensor:
+    """The token of each row that is chosen greedily: of equals, the lowest id.
+
+    Returns:
+        `(R,)` ids; NOT_A_NUMBER where the logits hold nan, or no finite number.
+    """
+    best_R, tokens_R = logits_RV.max(-1)
+    # finite, and in fewer kernels than isfinite() takes
+    return torch.where(best_R.abs() < torch.inf, tokens_R, NOT_A_NUMBER)
+
+
+def choose_tokens(
+    logits_RV: Tensor, likeliest_R: Tensor, samplings: Row[Sampling], seeds: Row[int], numbers: Row[int]
+) -> Tensor:
+    """The next tokens. Nothing here waits for the device.
 
     Args:
         logits_RV: Of any float type.
+        likeliest_R: Of them.
         samplings: What each row's request asks for.
         seeds: Of each row's sequence.
         numbers: How many tokens each row's sequence has been given before this one.
 
     Returns:
-        A token id per row; NOT_A_NUMBER where the logits hold nan, or no finite number.
+        `(R,)` ids; NOT_A_NUMBER where the logits hold nan, or no finite number.
     """
-    best_R, tokens_R = logits_RV.max(-1)  # of equals, the lowest id
     drawn = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
-    if drawn:
-        uniforms = [uniform(seeds[row], numbers[row]) for row in drawn]
-        chosen = _draw(logits_RV[drawn].float(), [samplings[row] for row in drawn], uniforms)
-        tokens_R[drawn] = chosen
-    # finite, and in fewer kernels than isfinite() takes
-    return torch.where(best_R.abs() < torch.inf, tokens_R, NOT_A_NUMBER).tolist()
+    if not drawn:
+        return likeliest_R
+    uniforms = [uniform(seeds[row], numbers[row]) for row in drawn]
+    given = [samplings[row] for row in drawn]
+    if len(drawn) == len(samplings):
+        tokens_R = _draw(logits_RV.float(), given, uniforms)
+    else:
+        rows_D = to_device(drawn, logits_RV.device)
+        tokens_R = likeliest_R.index_copy(0, rows_D, _draw(logits_RV[rows_D].float(), given, uniforms))
+    return torch.where(likeliest_R == NOT_A_NUMBER, likeliest_R, tokens_R)
 
 
 def _draw(logits_RV: Tensor, samplings: Row[Sampling], uniforms: Row[float]) -> Tensor:
     device = logits_RV.device
-    temperatures_R = torch.tensor([sampling.temperature for sampling in samplings], device=device)
+    temperatures = [sampling.temperature for sampling in samplings]
+    temperatures_R, uniforms_R = to_device([temperatures, uniforms], device, dtype=torch.float32)
     logits_RV = logits_RV / temperatures_R[:, None].clamp(1e-6, 1e6)  # beyond, fp32 would not hold what comes of it
     cut = [row for row, sampling in enumerate(samplings) if sampling.top_k or sampling.top_p < 1]
-    if cut:
-        logits_RV[cut] = _keep_likely(logits_RV[cut], [samplings[row] for row in cut])
+    if len(cut) == len(samplings):
+        logits_RV = _keep_likely(logits_RV, samplings)
+    elif cut:
+        rows_C = to_device(cut, device)
+        logits_RV[rows_C] = _keep_likely(logits_RV[rows_C], [samplings[row] for row in cut])
     # the inverse of the cumulative distribution at a uniform number, in the order of the ids
     cumulative_RV = logits_RV.softmax(-1).cumsum(-1)
-    target_R1 = torch.tensor(uniforms, device=device, dtype=torch.float32)[:, None] * cumulative_RV[:, -1:]
+    target_R1 = uniforms_R[:, None] * cumulative_RV[:, -1:]
     tokens_R = torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0]
     # a product that rounding made equal to the whole: the last token of any probability
     last_R = torch.searchsorted(cumulative_RV, cumulative_RV[:, -1:].contiguous())[:, 0]
@@ -61,8 +83,8 @@ def _draw(logits_RV: Tensor, samplings: Row[Sampling], uniforms: Row[float]) -> 
 def _keep_likely(logits_RV: Tensor, samplings: Row[Sampling]) -> Tensor:
     """Puts the tokens out of reach that are beyond top_k, then those beyond top_p of what is left."""
     device, size = logits_RV.device, logits_RV.shape[-1]
-    top_k_R1 = torch.tensor([[min(sampling.top_k or size, size)] for sampling in samplings], device=device)
-    top_p_R1 = torch.tensor([[sampling.top_p] for sampling in samplings], device=device)
+    top_k_R1 = to_device([[min(sampling.top_k or size, size)] for sampling in samplings], device)
+    top_p_R1 = to_device([[sampling.top_p] for sampling in samplings], device, dtype=torch.float32)
     sorted_RV, ids_RV = logits_RV.sort(descending=True, stable=True)
     sorted_RV = sorted_RV.masked_fill(torch.arange(size, device=device) >= top_k_R1, -torch.inf)
     p_RV = sorted_RV.softmax(-1)

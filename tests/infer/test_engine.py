@@ -408,10 +408,12 @@ def test_in_bf16_tokens_differ_from_those_alone_only_at_near_ties(subject: Subje
 def test_nothing_is_lost_whatever_comes_and_goes(
     subject_of: Callable[[str], Subject], scarce: dict, pages_from: str, monkeypatch: pytest.MonkeyPatch
 ):
-    if pages_from == "driver":  # mapped in a thread, and those that are taken away turn NaN
+    if pages_from == "driver":  # mapped in a thread, and those that are taken away turn NaN; with a step ahead
         fake_driver.use(FakeDriver(most_pages=1000), monkeypatch)
     subject = subject_of("llama gqa tied")
-    engine, chance = subject.engine(**scarce, max_num_batched_tokens=23), random.Random(1)
+    ahead = pages_from == "driver"
+    engine = subject.engine(**scarce, max_num_batched_tokens=23, async_scheduling=ahead)
+    chance = random.Random(1)
     floor = engine.stats.kv_mapped_bytes
     shared = prompts(3, vocab_size=subject.vocab_size, shortest=45, longest=60, seed=5)
     found: dict[str, list[Delta]] = {}

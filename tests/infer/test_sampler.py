@@ -1,8 +1,13 @@
 import pytest
 import torch
 
-from raygrow.infer.sampler import NOT_A_NUMBER, choose_tokens, logprobs, uniform
+from raygrow.infer import sampler
+from raygrow.infer.sampler import NOT_A_NUMBER, likeliest, logprobs, uniform
 from raygrow.infer.sampling import Sampling
+
+
+def choose_tokens(logits: torch.Tensor, *of_rows: list) -> list[int]:
+    return sampler.choose_tokens(logits, likeliest(logits), *of_rows).tolist()
 
 
 def draw(logits: torch.Tensor, count: int = 300, **sampling) -> list[int]:
