@@ -24,7 +24,12 @@ class SwigluMlp(nn.Module):
 
     def forward(self, x: Tensor, *offsets: Tensor) -> Tensor:
         """`(..., D)` in and out. The projections of experts need to know where the rows of each end (`offsets`)."""
-        return self.down(F.silu(self.gate(x, *offsets)) * self.up(x, *offsets), *offsets)
+        return self.down(self.activate(self.gate(x, *offsets), self.up(x, *offsets)), *offsets)
+
+    @staticmethod
+    def activate(gate: Tensor, up: Tensor) -> Tensor:
+        """What `down` reads."""
+        return F.silu(gate) * up
 
 
 class GeluMlp(nn.Module):
@@ -37,7 +42,12 @@ class GeluMlp(nn.Module):
 
     def forward(self, x: Tensor, *offsets: Tensor) -> Tensor:
         """As `SwigluMlp.forward`."""
-        return self.down(F.gelu(self.up(x, *offsets), approximate="tanh"), *offsets)
+        return self.down(self.activate(self.up(x, *offsets)), *offsets)
+
+    @staticmethod
+    def activate(up: Tensor) -> Tensor:
+        """As `SwigluMlp.activate`."""
+        return F.gelu(up, approximate="tanh")
 
 
 KINDS = {"swiglu": SwigluMlp, "gelu": GeluMlp}

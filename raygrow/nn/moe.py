@@ -41,6 +41,13 @@ class Moe(nn.Module):
         self.experts = experts(config)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Balance]:
+        routes = self.route(x_BTD)
+        x_SD = _Dispatch.apply(x_BTD.flatten(0, 1), routes.tokens_S, routes.slots_NK)
+        y_ND = routes.combine(self.experts(x_SD, routes.offsets_E))
+        return y_ND.to(x_BTD.dtype).view_as(x_BTD), routes.balance
+
+    def route(self, x_BTD: Tensor) -> "Routes":
+        """Where each token goes."""
         logits_BTE = self.router(x_BTD)
         p_BTE = logits_BTE.softmax(-1, dtype=torch.promote_types(logits_BTE.dtype, torch.float32))
         weights_BTK, experts_BTK = p_BTE.topk(self.top_k, dim=-1)
@@ -49,11 +56,31 @@ class Moe(nn.Module):
         load_BE = (experts_BTK[..., None] == torch.arange(p_BTE.shape[-1], device=p_BTE.device)).sum((1, 2))
 
         order_S, slots_NK = sorted_slots(experts_BTK.flatten(0, 1))
-        tokens_S = order_S // self.top_k
-        x_SD = _Dispatch.apply(x_BTD.flatten(0, 1), tokens_S, slots_NK)
-        y_SD = self.experts(x_SD, load_BE.sum(0).cumsum(0, dtype=torch.int32))
-        y_ND = _Combine.apply(y_SD, weights_BTK.flatten(0, 1), order_S, slots_NK)
-        return y_ND.to(x_BTD.dtype).view_as(x_BTD), Balance(balance_loss(p_BTE, load_BE), load_BE)
+        return Routes(
+            tokens_S=order_S // self.top_k,
+            offsets_E=load_BE.sum(0).cumsum(0, dtype=torch.int32),
+            weights_NK=weights_BTK.flatten(0, 1),
+            order_S=order_S,
+            slots_NK=slots_NK,
+            balance=Balance(balance_loss(p_BTE, load_BE), load_BE),
+        )
+
+
+class Routes(NamedTuple):
+    """Where the tokens of a batch go, and with which weights they come back."""
+
+    tokens_S: Tensor
+    """The token of each slot."""
+    offsets_E: Tensor
+    """Where the slots of each expert end."""
+    weights_NK: Tensor
+    order_S: Tensor
+    slots_NK: Tensor
+    balance: Balance
+
+    def combine(self, y_SD: Tensor) -> Tensor:
+        """The weighted sum of each token's slots, `(N, D)` in the weights' precision."""
+        return _Combine.apply(y_SD, self.weights_NK, self.order_S, self.slots_NK)
 
 
 def balance_loss(p_BTE: Tensor, load_BE: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def calibrate(
     for index in range(config.n_blocks):
         block = load_block(config, tensors, index).to(device, dtype)
         statistics = BlockStatistics()
-        hooks = _watch(block, config, statistics)
+        hooks = _watch(block, config, index, statistics)
         states = [block(x_BTD, rope, attend)[0] for x_BTD in states]
         for hook in hooks:
             hook.remove()
@@ -80,7 +80,7 @@ def load_block(config: ModelConfig, tensors: Mapping[str, Tensor], index: int) -
     return block.requires_grad_(False)
 
 
-def _watch(block: Block, config: ModelConfig, statistics: BlockStatistics) -> list:
+def _watch(block: Block, config: ModelConfig, index: int, statistics: BlockStatistics) -> list:
     """Hooks that add what comes into a Block's norms and projections to its statistics."""
 
     def moment(name: Input):
@@ -98,10 +98,14 @@ def _watch(block: Block, config: ModelConfig, statistics: BlockStatistics) -> li
 
         return hook
 
-    mlp = block.mlp.experts if hasattr(block.mlp, "experts") else block.mlp
-    places: dict[Input, nn.Module] = {"attention": block.attention, "o": block.attention.o, "mlp": block.mlp}
+    down = block.mlp.get_submodule("experts.down" if config.has_experts(index) else "down")
+    places: dict[Input, nn.Module] = {
+        "attention": block.attention,
+        "o": block.attention.o,
+        "mlp": block.mlp,
+        "down": down,
+    }
     hooks = [module.register_forward_pre_hook(magnitudes(name)) for name, module in places.items()]
-    hooks.append(mlp.down.register_forward_pre_hook(magnitudes("down")))
     if config.norm == "rmsnorm":
         hooks.append(block.attention_norm.register_forward_pre_hook(moment("attention")))
         hooks.append(block.mlp_norm.register_forward_pre_hook(moment("mlp")))

@@ -1,0 +1,95 @@
+"""From a split of the sparsity to what is kept: one level of a plan, searched on a loaded model."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.rack import Rack
+from raygrow.progress import Progress, silent
+from raygrow.sparsity import allocate
+from raygrow.sparsity.allocate import Split, SplitName
+from raygrow.sparsity.apply import install
+from raygrow.sparsity.histogram import Histogram
+from raygrow.sparsity.inputs import Place, input_size
+from raygrow.sparsity.linear import SparseRows
+from raygrow.sparsity.methods import Choice, Method
+from raygrow.sparsity.plan import Level, make_level
+from raygrow.sparsity.policy import Divergence, Policy, policy_loss
+
+
+class Levels:
+    """Makes levels of a model, which it makes sparse in place.
+
+    Args:
+        model: On its device.
+        method: Which entries are kept.
+        magnitudes: Of every input, for thresholds.
+        tokens_BT: The calibration text.
+        batch_size: Sequences at a time.
+    """
+
+    def __init__(
+        self,
+        model: Rack,
+        method: Method,
+        magnitudes: Mapping[Place, Histogram],
+        tokens_BT: Tensor,
+        *,
+        batch_size: int = 8,
+    ) -> None:
+        self.model, self.method, self.batch_size = model, method, batch_size
+        self.config: ModelConfig = model.config
+        self.rows = SparseRows()
+        self.selectors = install(model, method, self.rows)
+        self._magnitudes = magnitudes
+        self._divergence = Divergence(model, tokens_BT, batch_size=batch_size)
+        self._costs: dict[Place, list[float]] | None = None
+
+    def level(self, sparsity: float, split: SplitName, *, progress: Progress = silent) -> Level:
+        """The level of a sparsity.
+
+        Args:
+            sparsity: Share of the Blocks' weights that are dropped.
+            split: How it is split between inputs, see `allocate`.
+            progress: Told of every input probed.
+
+        Raises:
+            ValueError: If not enough weights can be dropped.
+        """
+        if split == "uniform":
+            return make_level(self.config, self.choices(allocate.uniform(self.config, sparsity)))
+        best, lowest = allocate.best_ratio(self.config, sparsity, self.cost)
+        if split == "search":
+            if self._costs is None:
+                self._costs = allocate.probe(self.config, self.cost, progress=progress)
+            found = allocate.cheapest(self.config, sparsity, self._costs)
+            if self.cost(found) < lowest:
+                best = found
+        return make_level(self.config, self.choices(best))
+
+    def choices(self, split: Split) -> dict[Place, Choice]:
+        """What is kept under a split; everything of inputs that it does not name."""
+        return {place: self._choice(place, split.get(place, 0.0)) for place in self.selectors}
+
+    def cost(self, split: Split) -> float:
+        """How far a split takes the model from the dense one on the calibration text, all tokens sparse."""
+        self._set(self.choices(split))
+        self.rows.start, self.rows.stop = 0, None
+        return self._divergence.measure()
+
+    def measure(self, choices: Mapping[Place, Choice], batch: tuple[Tensor, Tensor], policy: Policy) -> float:
+        """Nats per token on a text; `choices` of no input are the dense model."""
+        self._set(choices)
+        return policy_loss(self.model, self.rows, batch, policy, batch_size=self.batch_size)[0]
+
+    def _set(self, choices: Mapping[Place, Choice]) -> None:
+        for place, selector in self.selectors.items():
+            selector.choice = choices.get(place, Choice(selector.size))
+
+    def _choice(self, place: Place, share: float) -> Choice:
+        size = input_size(self.config, *place)
+        if share <= 0:
+            return Choice(size)
+        keep = min(size, max(1, round((1 - share) * size)))
+        return Choice(keep, self._magnitudes[place].quantile(share) if self.method == "teal" else None)

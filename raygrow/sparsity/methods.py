@@ -1,0 +1,88 @@
+"""Which entries of an input are kept.
+
+| method         | scores of a token's entries    | kept                       | basis         | of               |
+|----------------|--------------------------------|----------------------------|---------------|------------------|
+| `topk`         | magnitude                      | as many of every token     | the model's   |                  |
+| `larosa`       | magnitude                      | as many of every token     | each Block's  | arXiv 2507.01299 |
+| `wina`         | magnitude x norm of the column | as many of every token     | the model's   | arXiv 2505.19427 |
+| `teal`         | magnitude                      | what exceeds a threshold   | the model's   | arXiv 2408.14690 |
+| `rotated_wina` | magnitude x norm of the column | as many of every token     | one for all   |                  |
+
+A column is what an entry is multiplied by, in all projections that read the input together. The basis is what a method
+has unless another is asked for.
+Shapes: R rows (tokens), D entries, F outputs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Method = Literal["larosa", "topk", "wina", "teal", "rotated_wina"]
+METHODS: tuple[Method, ...] = get_args(Method)
+WEIGHTED: tuple[Method, ...] = ("wina", "rotated_wina")
+Rotation = Literal["none", "global", "block"]
+ROTATIONS: dict[Method, Rotation] = {
+    "larosa": "block",
+    "topk": "none",
+    "wina": "none",
+    "teal": "none",
+    "rotated_wina": "global",
+}
+"""The basis of each method."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How much of an input is kept."""
+
+    keep: int
+    """Entries of each token; with a threshold, as many as exceeded it on the calibration text, on average."""
+    threshold: float | None = None
+
+
+class Selector:
+    """Drops entries of one input of one Block.
+
+    Args:
+        size: Entries of the input.
+        scale_D: Factors on the magnitudes, for scores; None for none.
+    """
+
+    def __init__(self, size: int, scale_D: Tensor | None = None) -> None:
+        self.size, self.scale_D = size, scale_D
+        self.choice = Choice(size)
+        """All entries, until somebody chooses."""
+        self.seen: tuple[int, int] | None = None
+        """Entries kept and entries in all, counted when this is set to (0, 0)."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped."""
+        return self.choice.keep < self.size or self.choice.threshold is not None
+
+    def masked(self, x_RD: Tensor) -> Tensor:
+        """Rows with zeros in the place of dropped entries."""
+        if not self.drops:
+            return x_RD
+        if self.choice.threshold is not None:
+            kept_RD = x_RD.abs() > self.choice.threshold
+            if self.seen is not None:
+                self.seen = self.seen[0] + int(kept_RD.sum()), self.seen[1] + kept_RD.numel()
+            return x_RD * kept_RD
+        index_RK = self.indices(x_RD)
+        if self.seen is not None:
+            self.seen = self.seen[0] + index_RK.numel(), self.seen[1] + x_RD.numel()
+        return torch.zeros_like(x_RD).scatter_(-1, index_RK, x_RD.gather(-1, index_RK))
+
+    def indices(self, x_RD: Tensor) -> Tensor:
+        """The entries of each row that are kept, `(R, K)`, in no order; of equal scores any."""
+        scores_RD = x_RD.abs() if self.scale_D is None else x_RD.abs() * self.scale_D
+        return scores_RD.topk(self.choice.keep, dim=-1, sorted=False).indices
+
+
+def column_norms(weight_DF: Tensor) -> Tensor:
+    """Norm of what each entry is multiplied by, `(D,)` in fp32 at least."""
+    wide = torch.promote_types(weight_DF.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight_DF, dim=-1, dtype=wide)

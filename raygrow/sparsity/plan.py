@@ -1,0 +1,162 @@
+"""`sparsity.json`: what a model folder says about running its model with less weights.
+
+    version, method, rotation
+    calibration    which text the bases and levels were chosen on
+    levels         by sparsity: what is kept of each input of each Block, and what that saves
+
+Sparsity is the share of the Blocks' weights that a token does not multiply by; what is skipped is less where adapters
+have to be read in exchange.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from raygrow.nn.config import ModelConfig
+from raygrow.sparsity.inputs import (
+    INPUTS,
+    Place,
+    adapter_share,
+    block_weights,
+    input_size,
+    input_weights,
+    places,
+)
+from raygrow.sparsity.methods import METHODS, Choice, Method, Rotation
+from raygrow.weights.json_file import read_json
+
+PLAN_FILE = "sparsity.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The text that a plan was made on."""
+
+    data: str
+    sequences: int
+    seq_len: int
+    sha256: str
+    """Of its token ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One sparsity that a model can run at."""
+
+    nominal: float
+    """Share of the Blocks' weights that a token does not multiply by; with thresholds, as on the calibration text."""
+    skipped: float
+    """The same with the adapters counted: what is saved of the bytes that a dense model's Blocks read."""
+    choices: Mapping[Place, Choice]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityPlan:
+    """How a model can be made sparse."""
+
+    method: Method
+    rotation: Rotation
+    calibration: Calibration
+    levels: Mapping[float, Level]
+
+    def level(self, sparsity: float) -> Level:
+        """What to keep at a sparsity.
+
+        Raises:
+            ValueError: If the plan has no such level; names those that it has.
+        """
+        if sparsity not in self.levels:
+            held = ", ".join(f"{level:g}" for level in self.levels)
+            raise ValueError(
+                f"sparsity={sparsity}: this model was made for {held}; choose one of them, or sparsify the model that "
+                "it was made from again with this one among them"
+            )
+        return self.levels[sparsity]
+
+    def save(self, folder: Path) -> None:
+        """Writes `sparsity.json`."""
+        levels = {
+            f"{sparsity:g}": {
+                "nominal": level.nominal,
+                "skipped": level.skipped,
+                "blocks": [
+                    {name: _plain(level.choices[block, name]) for name in INPUTS}
+                    for block in range(1 + max(block for block, _ in level.choices))
+                ],
+            }
+            for sparsity, level in self.levels.items()
+        }
+        content = {
+            "version": VERSION,
+            "method": self.method,
+            "rotation": self.rotation,
+            "calibration": asdict(self.calibration),
+            "levels": levels,
+        }
+        (folder / PLAN_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def make_level(config: ModelConfig, choices: Mapping[Place, Choice]) -> Level:
+    """A level, with what it saves worked out."""
+    dropped = sum(
+        input_weights(config, *place) * (1 - choice.keep / input_size(config, *place))
+        for place, choice in choices.items()
+    )
+    nominal = dropped / block_weights(config)
+    return Level(nominal=nominal, skipped=nominal - adapter_share(config), choices=choices)
+
+
+def load_plan(folder: str | Path, config: ModelConfig) -> SparsityPlan:
+    """The plan of a model folder.
+
+    Raises:
+        FileNotFoundError: If it has none.
+        ValueError: If it cannot be read, or is of another model; names what is wrong.
+    """
+    path = Path(folder) / PLAN_FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} is a dense model: it has no {PLAN_FILE}; make it sparse with `raygrow sparsify` first"
+        )
+    content = read_json(path)
+    try:
+        if content.get("version") != VERSION:
+            raise ValueError(f"version {content.get('version')!r}, this raygrow reads {VERSION}")
+        method, rotation = _one_of(content, "method", METHODS), _one_of(content, "rotation", get_args(Rotation))
+        levels = {float(key): _read_level(level, config) for key, level in content["levels"].items()}
+        calibration = Calibration(**content["calibration"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); sparsify the model again"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; sparsify the model again") from error
+    return SparsityPlan(method=method, rotation=rotation, calibration=calibration, levels=levels)
+
+
+def _read_level(tree: dict[str, Any], config: ModelConfig) -> Level:
+    blocks = tree["blocks"]
+    if len(blocks) != config.n_blocks:
+        raise ValueError(f"it is about a model of {len(blocks)} blocks, this one has {config.n_blocks}")
+    choices = {}
+    for block, name in places(config):
+        choice, size = Choice(**blocks[block][name]), input_size(config, block, name)
+        if type(choice.keep) is not int or not 1 <= choice.keep <= size:
+            raise ValueError(f"block {block} keeps {choice.keep!r} entries of `{name}`, which has {size}")
+        if choice.threshold is not None and type(choice.threshold) is not float:
+            raise ValueError(f"block {block}: threshold {choice.threshold!r} of `{name}` is no number")
+        choices[block, name] = choice
+    return make_level(config, choices)
+
+
+def _one_of(content: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:
+    if content[key] not in known:
+        raise ValueError(f"{key}={content[key]!r} is none of {', '.join(known)}")
+    return content[key]
+
+
+def _plain(choice: Choice) -> dict[str, Any]:
+    return {"keep": choice.keep} | ({} if choice.threshold is None else {"threshold": choice.threshold})

@@ -1,0 +1,149 @@
+"""A sparse model computes what a dense one does whose inputs have lost entries."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from raygrow.nn.attention import full_attention
+from raygrow.sparsity.allocate import uniform
+from raygrow.sparsity.apply import install
+from raygrow.sparsity.calibrate import calibrate
+from raygrow.sparsity.inputs import input_size
+from raygrow.sparsity.levels import Levels
+from raygrow.sparsity.linear import SparseRows
+from raygrow.sparsity.methods import METHODS, Choice
+from raygrow.sparsity.policy import policy_loss
+from tests.sparsity.racks import KINDS, TEXT, rack, tensors
+
+TARGETS = TEXT.roll(-1, 1)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_model_that_keeps_all_is_the_dense_model(kind, method):
+    model = rack(kind)
+    expected = model(TEXT)
+    install(model, method, SparseRows())
+    torch.testing.assert_close(model(TEXT), expected, rtol=1e-10, atol=1e-10)
+
+
+def zero_all_but(keep: int, norms: Tensor | None = None):
+    def hook(module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *rest = inputs
+        scores = x.abs() if norms is None else x.abs() * norms
+        smallest = scores.sort(descending=True).values[..., keep - 1 : keep]
+        return (torch.where(scores >= smallest, x, 0.0), *rest)
+
+    return hook
+
+
+def norms(*weights: Tensor) -> Tensor:
+    return torch.cat([weight.flatten(0, -2) for weight in weights]).norm(dim=0)
+
+
+@pytest.mark.parametrize("method", ["topk", "wina"])
+@pytest.mark.parametrize("kind", ["gqa", "biases", "gelu"])
+@torch.no_grad()
+def test_a_sparse_model_is_a_dense_one_with_zeros_in_its_inputs(kind, method):
+    model, reference = rack(kind), rack(kind)
+    selectors = install(model, method, SparseRows())
+    for place, selector in selectors.items():
+        selector.choice = Choice(input_size(model.config, *place) // 2)
+    for block in reference.blocks:
+        attention, mlp, weighted = block.attention, block.mlp, method == "wina"
+        readers = [mlp.gate, mlp.up] if hasattr(mlp, "gate") else [mlp.up]
+        for module, projections in (
+            (attention, [attention.q, attention.k, attention.v]),
+            (attention.o, [attention.o]),
+            (mlp, readers),
+            (mlp.down, [mlp.down]),
+        ):
+            weights = [projection.weight for projection in projections]
+            half = weights[0].shape[1] // 2
+            module.register_forward_pre_hook(zero_all_but(half, norms(*weights) if weighted else None))
+    torch.testing.assert_close(model(TEXT), reference(TEXT), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["topk", "wina"])
+@torch.no_grad()
+def test_experts_share_what_is_kept_and_the_router_reads_all(method):
+    model, reference = rack("mixtral"), rack("mixtral")
+    for place, selector in install(model, method, SparseRows()).items():
+        selector.choice = Choice(input_size(model.config, *place) if place[1] in ("attention", "o") else 9)
+    for block in reference.blocks:
+        experts, weighted = block.mlp.experts, method == "wina"
+        for module, weights in (
+            (experts, [experts.gate.weight, experts.up.weight]),
+            (experts.down, [experts.down.weight]),
+        ):
+            module.register_forward_pre_hook(zero_all_but(9, norms(*weights) if weighted else None))
+    torch.testing.assert_close(model(TEXT), reference(TEXT), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_threshold_keeps_what_exceeds_it():
+    model = rack("gqa")
+    statistics = list(calibrate(model.config, tensors(model), TEXT, device=CPU))
+    magnitudes = {(i, name): found for i, block in enumerate(statistics) for name, found in block.magnitudes.items()}
+    levels = Levels(model, "teal", magnitudes, TEXT)
+    levels._set(levels.choices(uniform(model.config, 0.4)))
+    selector = levels.selectors[0, "attention"]
+    threshold = selector.choice.threshold
+    assert torch.equal(
+        selector.masked(torch.tensor([[0.99, -1.01, 0.0]]) * threshold),
+        torch.tensor([[0.0, -1.01, 0.0]]) * threshold,
+    )
+    for each in levels.selectors.values():
+        each.seen = (0, 0)
+    model(TEXT)
+    kept, total = selector.seen
+    assert kept / total == pytest.approx(0.6, abs=0.02)  # the first Block reads what it read in calibration
+
+
+@pytest.mark.parametrize("kind", ["gqa", "some dense"])
+@torch.no_grad()
+def test_decode_only_is_what_decoding_token_by_token_computes(kind):
+    model, prompt = rack(kind), TEXT.shape[1] // 2
+    rows = SparseRows()
+    for place, selector in install(model, "topk", rows).items():
+        selector.choice = Choice(input_size(model.config, *place) // 2)
+    caches: list[tuple[Tensor, Tensor] | None] = [None] * model.config.n_blocks
+
+    def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = caches[index]
+        if cache is not None:
+            k, v = torch.cat([cache[0], k], 1), torch.cat([cache[1], v], 1)
+        caches[index] = k, v
+        return full_attention(q, k, v, causal=cache is None)
+
+    attends = [lambda *qkv, index=index: attend(index, *qkv) for index in range(model.config.n_blocks)]
+    rows.stop = 0
+    model(TEXT[:, :prompt], attends=attends)
+    rows.stop = None
+    total = 0.0
+    for t in range(prompt, TEXT.shape[1]):
+        logits = model(TEXT[:, t : t + 1], positions_T=torch.tensor([t]), attends=attends)
+        total += torch.nn.functional.cross_entropy(logits[:, 0], TARGETS[:, t], reduction="sum").item()
+    loss, count = policy_loss(model, rows, (TEXT, TARGETS), "decode", batch_size=3)
+    assert count == TEXT.shape[0] * (TEXT.shape[1] - prompt)
+    assert loss == pytest.approx(total / count, rel=1e-9)
+
+
+@torch.no_grad()
+def test_rows_do_not_depend_on_those_beside_them():
+    model = rack("some dense")
+    rows = SparseRows()
+    for place, selector in install(model, "topk", rows).items():
+        selector.choice = Choice(input_size(model.config, *place) // 3)
+    x = torch.randn(1, 7, 16, dtype=torch.float64)
+    for block in model.blocks:
+        rows.stop = 3
+        some = block.mlp(x)
+        rows.stop = None
+        every = block.mlp(x)
+        rows.stop = 0
+        none = block.mlp(x)
+        torch.testing.assert_close(some, torch.cat([every[:, :3], none[:, 3:]], 1))
+        assert not torch.allclose(every, none)
