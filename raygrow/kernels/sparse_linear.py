@@ -1,0 +1,216 @@
+"""Linear projections that read only the weights of the entries which a row of activations keeps.
+
+A row keeps its `keep` largest entries (`select`), and a projection of it reads their rows of an input-major weight and
+no others (`sparse_linear`). Rows that decode together share what they read (`masked_linear`). Each picks its Triton
+kernels on CUDA and its torch twin elsewhere; on a CPU the twin skips memory too.
+
+Shapes: R rows (tokens), D input, K entries kept, F output, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNION_ROWS = 8
+"""Rows on CUDA that share what they read; of more, next to nothing is left to skip, and the dense product is faster."""
+NARROWEST_STRIP = 256
+"""Columns that are worth a thread of a CPU."""
+
+
+class Selection(NamedTuple):
+    """The entries that rows keep, the same number of each."""
+
+    index_RK: Tensor
+    """Where they are, ascending, int32."""
+    value_RK: Tensor
+    """What they are."""
+
+
+def select(x_RD: Tensor, keep: int, scale_D: Tensor | None = None) -> Selection:
+    """The `keep` largest entries of each row, by `|x|` or `|x| * scale`; of equal ones, those that come first.
+
+    Args:
+        x_RD: Rows, contiguous.
+        keep: How many entries, 1 to D. Nothing waits for the device, and all shapes follow from it.
+        scale_D: How much the entries weigh, in fp32 at least; not negative.
+    """
+    if _on_triton(x_RD):
+        from raygrow.kernels.triton_select import select_triton
+
+        return Selection(*select_triton(x_RD, keep, scale_D=scale_D))
+    return select_torch(x_RD, keep, scale_D)
+
+
+def norm_select(x_RD: Tensor, keep: int, eps: float, gain_D: Tensor | None = None) -> Selection:
+    """`select` of the rows' RMS norm, in one kernel."""
+    if _on_triton(x_RD):
+        from raygrow.kernels.triton_select import select_triton
+
+        return Selection(*select_triton(x_RD, keep, eps=eps, gain_D=gain_D))
+    return select_torch(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), keep)
+
+
+def masked(x_RD: Tensor, keep: int, scale_D: Tensor | None = None) -> Tensor:
+    """The rows with zeros in place of what `select` drops."""
+    if _on_triton(x_RD):
+        from raygrow.kernels.triton_select import masked_triton
+
+        return masked_triton(x_RD, keep, scale_D=scale_D)
+    return scatter(select_torch(x_RD, keep, scale_D), x_RD.shape[1])
+
+
+def norm_masked(x_RD: Tensor, keep: int, eps: float, gain_D: Tensor | None = None) -> Tensor:
+    """`masked` of the rows' RMS norm, in one kernel."""
+    if _on_triton(x_RD):
+        from raygrow.kernels.triton_select import masked_triton
+
+        return masked_triton(x_RD, keep, eps=eps, gain_D=gain_D)
+    return masked(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), keep)
+
+
+def above(x_RD: Tensor, threshold: float) -> Tensor:
+    """The rows with zeros in place of entries whose size does not exceed a threshold (TEAL, arXiv 2408.14690)."""
+    return torch.where(x_RD.abs() > threshold, x_RD, 0)
+
+
+def sparse_linear(
+    selection: Selection,
+    weight_DF: Tensor,
+    bias_F: Tensor | None = None,
+    *,
+    addend_RF: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """`x @ weight` of rows of which only the selected entries count; no other row of the weight is read.
+
+    Every row of activations reads its own rows of the weight: made for one row, or few.
+
+    Args:
+        selection: Of every row.
+        weight_DF: Input-major, contiguous.
+        bias_F: Added.
+        addend_RF: Added too, such as the residual stream.
+        gated: Whether the weight's halves are a gate and what it is applied to: `silu(first) * second` is returned.
+            Not together with a bias or an addend.
+
+    Returns:
+        `(R, F)`, or `(R, F / 2)` if gated, in the weight's dtype. Sums are in fp32 at least.
+    """
+    if _on_triton(weight_DF):
+        from raygrow.kernels.triton_sparse_linear import sparse_linear_triton
+
+        return sparse_linear_triton(*selection, weight_DF, bias_F=bias_F, addend_RF=addend_RF, gated=gated)
+    return _finish(sparse_linear_torch(*selection, weight_DF), bias_F, addend_RF, gated)
+
+
+def sparse_expert_linear(
+    selection: Selection, weight_EDF: Tensor, expert_R: Tensor, bias_EF: Tensor | None = None, *, gated: bool = False
+) -> Tensor:
+    """`sparse_linear` of rows that each have their expert's weight and bias.
+
+    Args:
+        selection: Of every row: a token that goes to several experts is several rows.
+        weight_EDF: Input-major matrices of all experts, contiguous.
+        expert_R: Whose weight each row takes, integers.
+        bias_EF: Added; not together with `gated`.
+        gated: As of `sparse_linear`.
+    """
+    if _on_triton(weight_EDF):
+        from raygrow.kernels.triton_sparse_linear import sparse_linear_triton
+
+        out_RF = sparse_linear_triton(*selection, weight_EDF, expert_R=expert_R, gated=gated)
+        return out_RF if bias_EF is None else out_RF + bias_EF[expert_R]
+    # the experts' rows are one long list of rows
+    index_RK = selection.index_RK + expert_R[:, None].to(torch.int32) * weight_EDF.shape[1]
+    out_RF = sparse_linear_torch(index_RK, selection.value_RK, weight_EDF.flatten(0, 1))
+    return _finish(out_RF, None if bias_EF is None else bias_EF[expert_R], None, gated)
+
+
+def masked_linear(
+    x_RD: Tensor,
+    weight_DF: Tensor,
+    bias_F: Tensor | None = None,
+    *,
+    addend_RF: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """`x @ weight` of rows that are mostly zeros; on CUDA, what is zero in all of few rows is not read.
+
+    Args:
+        x_RD: Rows with zeros in place of what they drop (`masked`, `above`).
+        weight_DF: Input-major, contiguous.
+        bias_F: Added.
+        addend_RF: Added too.
+        gated: As of `sparse_linear`.
+    """
+    if _on_triton(weight_DF) and len(x_RD) <= UNION_ROWS:
+        from raygrow.kernels.triton_sparse_linear import masked_linear_triton
+
+        return masked_linear_triton(x_RD, weight_DF, bias_F=bias_F, addend_RF=addend_RF, gated=gated)
+    return _finish(x_RD @ weight_DF, bias_F, addend_RF, gated)
+
+
+def scatter(selection: Selection, size: int) -> Tensor:
+    """Selected entries in their places among zeros, `(R, size)`."""
+    index_RK, value_RK = selection
+    return value_RK.new_zeros(len(value_RK), size).scatter(1, index_RK.long(), value_RK)
+
+
+def select_torch(x_RD: Tensor, keep: int, scale_D: Tensor | None = None) -> Selection:
+    """The torch twin of `select`."""
+    score_RD = x_RD if scale_D is None else x_RD * scale_D.to(torch.promote_types(x_RD.dtype, torch.float))
+    if score_RD.dtype == torch.float64:
+        index_RK = score_RD.abs().sort(descending=True, stable=True).indices[:, :keep].sort().values
+    else:
+        # without their sign, the bits of numbers sort as their sizes do. Below them a place, the first highest: no two
+        # keys are equal, so a threshold leaves exactly as many as are wanted, ten times faster than sorting
+        size = x_RD.shape[1]
+        bits_RD = score_RD.float().view(torch.int32).long() & 0x7FFFFFFF
+        key_RD = (bits_RD << 32) | torch.arange(size - 1, -1, -1, device=x_RD.device)
+        smallest_R1 = key_RD.kthvalue(size - keep + 1, keepdim=True).values
+        index_RK = (key_RD >= smallest_R1).nonzero()[:, 1].view(-1, keep)
+    return Selection(index_RK.to(torch.int32), x_RD.gather(1, index_RK))
+
+
+def sparse_linear_torch(index_RK: Tensor, value_RK: Tensor, weight_DF: Tensor) -> Tensor:
+    """The torch twin of `sparse_linear`, without what may follow the product.
+
+    A sum of weighted rows is a bag of embeddings, and torch's kernel for these reads just the rows of the bag, with
+    sums in fp32. Its threads share bags: so that they have work for one row, the weight is cut into strips of columns,
+    each with a bag of its own. How it is cut changes no sum.
+    """
+    (rows, keep), features = index_RK.shape, weight_DF.shape[1]
+    strips = _strips(rows, features)
+    if strips > 1:
+        strip_S = torch.arange(strips, dtype=torch.int32, device=index_RK.device)
+        index_RK = (index_RK[:, None] * strips + strip_S[:, None]).flatten(0, 1)
+        value_RK = value_RK.repeat_interleave(strips, 0)
+        weight_DF = weight_DF.view(-1, features // strips)
+    out = F.embedding_bag(
+        index_RK.flatten(),
+        weight_DF,
+        torch.arange(0, rows * strips * keep, keep, dtype=torch.int32, device=index_RK.device),
+        mode="sum",
+        per_sample_weights=value_RK.flatten(),
+    )
+    return out.view(rows, features)
+
+
+def _strips(rows: int, columns: int) -> int:
+    strips = torch.get_num_threads() if rows < torch.get_num_threads() else 1
+    return strips if columns % strips == 0 and columns // strips >= NARROWEST_STRIP else 1
+
+
+def _finish(out_RF: Tensor, bias_F: Tensor | None, addend_RF: Tensor | None, gated: bool) -> Tensor:
+    if gated:
+        gate_RF, up_RF = out_RF.chunk(2, dim=1)
+        return F.silu(gate_RF) * up_RF
+    if bias_F is not None:
+        out_RF = out_RF + bias_F
+    return out_RF if addend_RF is None else out_RF + addend_RF
+
+
+def _on_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype != torch.float64

@@ -1,0 +1,181 @@
+"""Triton kernels behind the selections of `kernels/sparse_linear.py`: one program finds a row's largest entries.
+
+The bits of sizes sort as the sizes do, so the keep-th largest is found by search over bits: a round counts how many
+entries reach two probes, which leaves a third of the range. The row stays in registers throughout. Then one running
+sum gives all entries that stay their places, and as many of those that equal the smallest as are still wanted.
+
+Shapes: R rows, D entries, K kept.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LARGEST = 2**15
+"""Entries of a row: two counts are summed in the halves of 32 bits."""
+NEAR = tl.constexpr(24)
+"""How far from a hint the first two probes are: a fifth of the size, in bf16."""
+
+
+@triton.jit
+def _keys(score):
+    """Sizes as integers of the same order, below the highest of 15 bits, or of fp32 of 31: some NaN have that one."""
+    if score.dtype.primitive_bitwidth == 16:
+        return tl.minimum(score.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, 0x7FFE)
+    else:
+        return tl.minimum(score.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7FFFFFFE)
+
+
+@triton.jit
+def _kth_largest(key_D, keep, hint, BITS: tl.constexpr):
+    """The largest key that at least `keep` entries reach. A good hint saves rounds, a bad one costs one."""
+    REACH: tl.constexpr = NEAR << (BITS - 15)
+    low, high = 0, (1 << (BITS - 1)) - 1 + (1 << (BITS - 1))  # all reach the one, none the other
+    first = tl.minimum(tl.maximum(hint - REACH, 1), high - 2)
+    second = first + tl.minimum(2 * REACH, high - 1 - first)
+    while high - low > 1:
+        counts = tl.sum((key_D >= first).to(tl.int32) + ((key_D >= second).to(tl.int32) << 16), 0)
+        reach_first, reach_second = counts & 0xFFFF, counts >> 16
+        high = tl.where(reach_second >= keep, high, tl.where(reach_first >= keep, second, first))
+        low = tl.where(reach_second >= keep, second, tl.where(reach_first >= keep, first, low))
+        third = tl.maximum((high - low) // 3, 1)
+        first = low + third
+        second = tl.minimum(first + third, high)
+    return low
+
+
+@triton.jit
+def _select(
+    x, scale, gain, index, value, dense, hints, keep, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    real_d = d < D
+    x_d = tl.load(x + row * D + d, mask=real_d, other=0.0)
+    if NORM:
+        wide_d = x_d.to(tl.float32)
+        wide_d = wide_d * tl.rsqrt(tl.sum(wide_d * wide_d, 0) / D + eps)
+        if gain is not None:
+            wide_d *= tl.load(gain + d, mask=real_d, other=0.0).to(tl.float32)
+        x_d = wide_d.to(x.dtype.element_ty)
+    if scale is None:
+        key_d = _keys(x_d)
+    else:
+        key_d = _keys(tl.abs(x_d.to(tl.float32)) * tl.load(scale + d, mask=real_d, other=0.0).to(tl.float32))
+    # what is not of the row is below all that is
+    key_d = tl.where(real_d, key_d, -1)
+    BITS: tl.constexpr = 15 if scale is None and x.dtype.element_ty.primitive_bitwidth == 16 else 31
+    hint = 0
+    if hints is not None:
+        hint = tl.load(hints + row)
+    smallest = _kth_largest(key_d, keep, hint, BITS)
+    if hints is not None:
+        tl.store(hints + row, smallest)
+
+    larger_d = key_d > smallest
+    equal_d = key_d == smallest
+    counts_d = tl.cumsum(larger_d.to(tl.int32) + (equal_d.to(tl.int32) << 16), 0)
+    wanted = keep - tl.sum(larger_d.to(tl.int32), 0)
+    equals_d = counts_d >> 16
+    kept_d = larger_d | (equal_d & (equals_d <= wanted))
+    if index is not None:
+        place_d = (counts_d & 0xFFFF) + tl.minimum(equals_d, wanted) - 1
+        tl.store(index + row * keep + place_d, d, mask=kept_d)
+        tl.store(value + row * keep + place_d, x_d, mask=kept_d)
+    if dense is not None:
+        tl.store(dense + row * D + d, tl.where(kept_d, x_d, 0.0), mask=real_d)
+
+
+def select_triton(
+    x_RD: Tensor,
+    keep: int,
+    *,
+    scale_D: Tensor | None = None,
+    eps: float | None = None,
+    gain_D: Tensor | None = None,
+    hints_R: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    warps: int | None = None,
+    pdl: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as `select`, and with `eps` as `norm_select`.
+
+    Args:
+        x_RD: Rows.
+        keep: How many entries.
+        scale_D: Weighs the entries.
+        eps: Of the RMS norm that the rows get first.
+        gain_D: Of that norm.
+        hints_R: Where the bits of each row's smallest entry are kept from call to call, int32: they change how long it
+            takes, never what is selected.
+        out: Tensors for indices and values, `(R, K)`.
+        warps: Of a program.
+        pdl: Whether to start while the kernel before this one ends.
+    """
+    rows = len(x_RD)
+    index_RK, value_RK = out or (
+        torch.empty(rows, keep, dtype=torch.int32, device=x_RD.device),
+        torch.empty(rows, keep, dtype=x_RD.dtype, device=x_RD.device),
+    )
+    _launch(x_RD, keep, scale_D, eps, gain_D, hints_R, (index_RK, value_RK, None), warps, pdl)
+    return index_RK, value_RK
+
+
+def masked_triton(
+    x_RD: Tensor,
+    keep: int,
+    *,
+    scale_D: Tensor | None = None,
+    eps: float | None = None,
+    gain_D: Tensor | None = None,
+    hints_R: Tensor | None = None,
+    out_RD: Tensor | None = None,
+    warps: int | None = None,
+    pdl: bool | None = None,
+) -> Tensor:
+    """Same contract as `masked`, and with `eps` as `norm_masked`. Arguments as of `select_triton`."""
+    out_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
+    _launch(x_RD, keep, scale_D, eps, gain_D, hints_R, (None, None, out_RD), warps, pdl)
+    return out_RD
+
+
+def _launch(
+    x_RD: Tensor,
+    keep: int,
+    scale_D: Tensor | None,
+    eps: float | None,
+    gain_D: Tensor | None,
+    hints_R: Tensor | None,
+    out: tuple[Tensor | None, Tensor | None, Tensor | None],
+    warps: int | None,
+    pdl: bool | None,
+) -> None:
+    rows, size = x_RD.shape
+    assert x_RD.is_contiguous(), "rows must be contiguous"
+    assert size < LARGEST, f"rows of {size} entries: at most {LARGEST - 1} fit"
+    assert 1 <= keep <= size, f"keep {keep} of {size} entries"
+    if not rows:
+        return
+    pdl = overlaps(x_RD.device) if pdl is None else pdl
+    block = max(triton.next_power_of_2(size), 32)
+    _select[(rows,)](
+        x_RD, scale_D, gain_D, *out, hints_R, keep, 0.0 if eps is None else eps,
+        D=size, BLOCK_D=block, NORM=eps is not None, PDL=pdl,
+        num_warps=warps or min(max(block // 512, 1), 16), **overlapping(pdl),
+    )  # fmt: skip
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one it depends on has ended (from Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def overlapping(pdl: bool) -> dict[str, bool]:
+    """How a kernel is launched that calls `gdc_wait` where `pdl`."""
+    return {"launch_pdl": True} if pdl else {}
