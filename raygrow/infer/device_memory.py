@@ -5,7 +5,8 @@ is a fault that ends the process's use of the device, and every call takes tens 
 and mapped ahead. Needs cuda-bindings, which come with CUDA builds of torch.
 """
 
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ except ImportError:  # told when it is used: everything here can be imported wit
 class DeviceMemory:
     """Reserves addresses on a device, of which whole pages can be made real.
 
-    Not for several threads at once, but for one after the other.
+    Several threads may create, take and map pages at once, each its own.
 
     Raises:
         ValueError: If `page_bytes` is not a multiple of the driver's granularity.
@@ -40,12 +41,14 @@ class DeviceMemory:
         self._access = driver.CUmemAccessDesc()
         self._access.location = self._properties.location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        self._context, self._threads = primary_context(device), threading.local()
+        self._context = primary_context(device)
         self._created: list[Any] = []
         """Physical pages that are not mapped."""
         self._mapped: dict[int, Any] = {}
         """Physical pages, by the offset that they are mapped to."""
-        self._address = int(_check(driver.cuMemAddressReserve(nbytes, 0, 0, 0)))
+        with self._entered():
+            self._address = int(_check(driver.cuMemAddressReserve(nbytes, 0, 0, 0)))
+        self._closed = False
         self.flat = tensor_at(self._address, nbytes // dtype.itemsize, dtype=dtype, device=device)
         """All of it, as a tensor of one dimension."""
 
@@ -55,31 +58,46 @@ class DeviceMemory:
         return len(self._created) * self._page_bytes
 
     def create(self, pages: int) -> bool:
-        """Makes sure that so many pages can be mapped at once; False if the device has not so much memory left."""
-        self._enter()
-        while len(self._created) < pages:
-            result, handle = driver.cuMemCreate(self._page_bytes, self._properties, 0)
-            if result == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-                return False
-            self._created.append(_check((result, handle)))
+        """Makes sure that so many pages can be taken at once; False if the device has not so much memory left."""
+        with self._entered():
+            while len(self._created) < pages:
+                page = self._new_page()
+                if page is None:
+                    return False
+                self._created.append(page)
         return True
 
-    def map(self, offset: int, nbytes: int) -> None:
-        """Makes consecutive pages usable. They must have been created; what is in them is arbitrary."""
-        self._enter()
-        for at in range(offset, offset + nbytes, self._page_bytes):
-            _check(driver.cuMemMap(self._address + at, self._page_bytes, 0, self._created[-1], 0))
-            self._mapped[at] = self._created.pop()
-        # by far the slowest of these calls, so it is made once for all of them
-        _check(driver.cuMemSetAccess(self._address + offset, nbytes, [self._access], 1))
+    def take(self, pages: int) -> list[Any] | None:
+        """So many pages, to be mapped; None if the device has not so much memory left."""
+        taken: list[Any] = []
+        with self._entered():
+            while len(taken) < pages:
+                page = self._created_page()
+                page = self._new_page() if page is None else page
+                if page is None:
+                    self._created += taken
+                    return None
+                taken.append(page)
+        return taken
+
+    def map(self, offset: int, pages: list[Any]) -> None:
+        """Makes consecutive pages usable, whose physical ones were taken before; what is in them is arbitrary."""
+        with self._entered():
+            for number, page in enumerate(pages):
+                at = offset + number * self._page_bytes
+                _check(driver.cuMemMap(self._address + at, self._page_bytes, 0, page, 0))
+                self._mapped[at] = page
+            # by far the slowest of these calls, so it is made once for all of them
+            nbytes = len(pages) * self._page_bytes
+            _check(driver.cuMemSetAccess(self._address + offset, nbytes, [self._access], 1))
 
     def unmap(self, offset: int, nbytes: int) -> None:
         """Takes pages back, for others to use; nothing on the device may touch them any more."""
-        self._enter()
-        for at in range(offset, offset + nbytes, self._page_bytes):
-            # page by page: a mapping cannot be undone in part, and pages come and go in runs of other lengths
-            _check(driver.cuMemUnmap(self._address + at, self._page_bytes))
-            self._created.append(self._mapped.pop(at))
+        with self._entered():
+            for at in range(offset, offset + nbytes, self._page_bytes):
+                # page by page: a mapping cannot be undone in part, and pages come and go in runs of other lengths
+                _check(driver.cuMemUnmap(self._address + at, self._page_bytes))
+                self._created.append(self._mapped.pop(at))
 
     def fence(self) -> torch.cuda.Event:
         """What the calling thread has asked the device to do so far, to be waited for before pages are unmapped."""
@@ -89,24 +107,40 @@ class DeviceMemory:
 
     def trim(self, pages: int) -> None:
         """Gives pages that are not mapped back to the device, but for a number of them."""
-        self._enter()
-        while len(self._created) > pages:
-            _check(driver.cuMemRelease(self._created.pop()))
+        with self._entered():
+            while len(self._created) > pages and (page := self._created_page()) is not None:
+                _check(driver.cuMemRelease(page))
 
     def close(self) -> None:
         """Gives everything back, once the device has done its work. The tensors must not be touched any more."""
-        self._enter()
+        if self._closed:
+            return
+        self._closed = True
         wait_for_device(self._device)
         for offset in list(self._mapped):
             self.unmap(offset, self._page_bytes)
         self.trim(0)
-        _check(driver.cuMemAddressFree(self._address, self._nbytes))
+        with self._entered():
+            _check(driver.cuMemAddressFree(self._address, self._nbytes))
 
-    def _enter(self) -> None:
-        """Makes torch's context current in this thread, which may be one that torch has never run in."""
-        if not hasattr(self._threads, "entered"):
-            _check(driver.cuCtxSetCurrent(self._context))
-            self._threads.entered = True
+    def _new_page(self) -> Any | None:
+        result, page = driver.cuMemCreate(self._page_bytes, self._properties, 0)
+        return None if result == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY else _check((result, page))
+
+    def _created_page(self) -> Any | None:
+        try:
+            return self._created.pop()
+        except IndexError:  # another thread may have taken the last one
+            return None
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Makes torch's context of the device current in this thread, and then again the one that was."""
+        _check(driver.cuCtxPushCurrent(self._context))
+        try:
+            yield
+        finally:
+            _check(driver.cuCtxPopCurrent())
 
 
 def smallest_page(device: torch.device) -> int:

@@ -45,8 +45,12 @@ class HostMemory:
         """Whether so many more pages can be mapped: the system tells only when they are touched."""
         return True
 
-    def map(self, offset: int, nbytes: int) -> None:
-        """Makes pages usable. The system gives each one at its first touch."""
+    def take(self, pages: int) -> list[None]:
+        """So many pages, to be mapped."""
+        return [None] * pages
+
+    def map(self, offset: int, pages: list[None]) -> None:
+        """Makes consecutive pages usable. The system gives each one at its first touch."""
 
     def unmap(self, offset: int, nbytes: int) -> None:
         """Gives pages back at once; what is in them is lost."""

@@ -12,16 +12,17 @@ Shapes: S slots and one scratch slot, T tokens, K key-value heads, H head dim.
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from raygrow.infer.device_memory import DeviceMemory, smallest_page
-from raygrow.infer.host_memory import PAGE_BYTES, HostMemory
+from raygrow.infer.memory import default_page, reserve, whole
 from raygrow.nn.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -29,28 +30,15 @@ logger = logging.getLogger(__name__)
 SPARE_STRIPS = 2
 """Physical memory that a device keeps created ahead, for sequences that need a page at once."""
 
+SECONDS_WITHOUT = 1.0
+"""Until a device that had less memory than the budget is asked again."""
+
 Layout = Literal["block", "interleaved"]
 """Where a token's keys and values lie, which are always side by side: those of each Block in a tensor of its own, or
 those of all Blocks in one tensor.
 
 A page of the first holds many tokens of one Block, which is fast to read; a page of the second few tokens of all
 Blocks, which wastes less memory on the last, half-empty page of a sequence."""
-
-
-class Memory(Protocol):
-    """A reserved range of addresses, of which any whole pages can be made real and given back."""
-
-    flat: Tensor
-    maps_slowly: bool
-
-    @property
-    def spare_bytes(self) -> int: ...
-    def create(self, pages: int) -> bool: ...
-    def map(self, offset: int, nbytes: int) -> None: ...
-    def unmap(self, offset: int, nbytes: int) -> None: ...
-    def fence(self) -> Any: ...
-    def trim(self, pages: int) -> None: ...
-    def close(self) -> None: ...
 
 
 class KvUsage(NamedTuple):
@@ -125,14 +113,19 @@ class KvCache:
         self._token_bytes = 2 * config.n_kv_heads * config.head_dim * dtype.itemsize
         if interleaved:
             self._token_bytes *= config.n_blocks
-        device = _whole(torch.device(device))
-        page = page_bytes or _default_page(device)
+        device = whole(torch.device(device))
+        page = page_bytes or default_page(device)
         self._row_bytes = -(-max_tokens * self._token_bytes // page) * page
         self._page_bytes = page
         self._budget_bytes = budget_bytes
-        self._limit = budget_bytes // self._strip_bytes
+        self._limit = self._most = budget_bytes // self._strip_bytes
+        self._ask_again, self._warned = 0.0, False
+        """When to, if the device has less than the budget; and whether that has been said."""
         self._mapped = self._maps = self._unmaps = self._clock = 0
-        self._lock = threading.Lock()
+        self._coming = 0
+        """Strips that are being created and mapped without holding the lock."""
+        self._coming_to: _Row | None = None
+        self._lock = threading.Condition(threading.Lock())
         self._rows = [_Row(index) for index in range(slots + 1)]
         needed = 2 * self._pages(1)
         if self._limit < needed:
@@ -140,7 +133,7 @@ class KvCache:
                 f"budget_bytes={budget_bytes:,}: the KV cache of this model needs at least "
                 f"{needed * self._strip_bytes:,} ({self._tensors} tensors, pages of {page:,} bytes)"
             )
-        self._memory = _reserve(self._tensors * (slots + 1) * self._row_bytes, dtype, device, page)
+        self._memory = reserve(self._tensors * (slots + 1) * self._row_bytes, dtype, device, page)
         self._mapper = ThreadPoolExecutor(1, "kv-cache") if self._memory.maps_slowly else None
         self._asked: set[int] = set()
         """Slots that pages are being mapped for, ahead."""
@@ -176,7 +169,7 @@ class KvCache:
         with self._lock:
             if self._failure is not None:
                 raise RuntimeError("the KV cache could not map memory") from self._failure
-            if not self._grow(row, pages, urgent=True):
+            if not self._grow(row, pages):
                 return False
             if not row.busy:
                 row.found = min(row.tokens, tokens)
@@ -244,6 +237,7 @@ class KvCache:
     def reclaim(self) -> int:
         """Gives back every page that no running sequence has reached. Returns their bytes."""
         with self._lock:
+            self._lock.wait_for(lambda: not self._coming)
             before = self._mapped
             for row, pages in self._victims(None, urgent=True):
                 self._shrink(row, pages)
@@ -265,7 +259,7 @@ class KvCache:
         )
 
     def close(self) -> None:
-        """Gives everything back; the tensors must not be touched any more."""
+        """Gives everything back; the tensors must not be touched any more. Twice is as once."""
         if self._mapper is not None:
             self._mapper.shutdown(cancel_futures=True)
         with self._lock:
@@ -294,26 +288,46 @@ class KvCache:
 
         return [view(block, 0) for block in range(blocks)], [view(block, 1) for block in range(blocks)]
 
-    def _grow(self, row: _Row, pages: int, *, urgent: bool) -> bool:
+    def _grow(self, row: _Row, pages: int) -> bool:
         """Maps a row's pages up to a number, taking others back if it must."""
-        missing = pages - row.pages
-        if missing <= 0:
-            return True
-        if not self._make_room(missing, row, urgent=urgent):
-            return False
-        if not self._memory.create(missing * self._tensors):
-            self._lower_limit()
-            return self._grow(row, pages, urgent=urgent)
-        for offset in self._offsets(row, row.pages):
-            self._memory.map(offset, missing * self._page_bytes)
-        row.pages = pages
-        self._mapped += missing
-        self._maps += missing
+        self._raise_limit()
+        while (strips := pages - row.pages) > 0:
+            if self._coming and (self._coming_to is row or self._short(strips) > 0):
+                self._lock.wait_for(lambda: not self._coming)  # meanwhile the row may have lost pages, or got some
+                continue
+            if not self._make_room(strips, row, urgent=True):
+                return False
+            taken = self._memory.take(strips * self._tensors)
+            if taken is None:
+                self._lower_limit()
+                continue
+            self._map(row, taken)
+            self._count(row, strips)
         return True
+
+    def _map(self, row: _Row, taken: list[Any]) -> None:
+        """Maps physical pages behind those that a row has."""
+        each = len(taken) // self._tensors
+        for number, offset in enumerate(self._offsets(row, row.pages)):
+            self._memory.map(offset, taken[number * each : (number + 1) * each])
+
+    def _count(self, row: _Row, strips: int) -> None:
+        row.pages += strips
+        self._mapped += strips
+        self._maps += strips
+
+    def _raise_limit(self) -> None:
+        """Counts on the whole budget again, after a while."""
+        if self._limit < self._most and time.monotonic() >= self._ask_again:
+            self._limit = self._most
 
     def _lower_limit(self) -> None:
         """Makes do with what the device has given so far."""
-        self._limit = self._mapped + self._memory.spare_bytes // self._strip_bytes
+        self._limit = self._mapped + self._coming + self._memory.spare_bytes // self._strip_bytes
+        self._ask_again = time.monotonic() + SECONDS_WITHOUT
+        if self._warned:
+            return
+        self._warned = True
         logger.warning(
             "the device has less memory than the KV cache's budget of %s bytes: %s have to do",
             f"{self._budget_bytes:,}",
@@ -322,21 +336,55 @@ class KvCache:
 
     def _map_ahead(self, row: _Row, pages: int) -> None:
         try:
-            with self._lock:
-                if row.busy:  # its sequence may have ended since it was asked for
-                    self._grow(row, min(pages, self._pages(row.tokens) + 1), urgent=False)
-                self._create_spare()
+            self._grow_ahead(row, pages)
+            self._create_spare()
         except Exception as error:  # of a thread that nobody waits for: told by the next `ensure`
             self._failure = error
         finally:
             self._asked.discard(row.index)
 
+    def _grow_ahead(self, row: _Row, pages: int) -> None:
+        """Maps a row's pages up to a number, if there is room for them."""
+        with self._lock:
+            strips = min(pages, self._pages(row.tokens) + 1) - row.pages
+            # its sequence may have ended since it was asked for
+            if not row.busy or strips <= 0 or not self._make_room(strips, row, urgent=False):
+                return
+            with self._unlocked(strips, row):
+                taken = self._memory.take(strips * self._tensors)
+                if taken is not None:
+                    self._map(row, taken)
+            if taken is None:
+                self._lower_limit()
+            else:
+                self._count(row, strips)
+
     def _create_spare(self) -> None:
-        self._memory.create(min(SPARE_STRIPS, self._limit - self._mapped) * self._tensors)
+        with self._lock:
+            strips = min(SPARE_STRIPS, self._limit - self._mapped)
+            if strips > 0:
+                with self._unlocked(strips):
+                    self._memory.create(strips * self._tensors)
+
+    @contextmanager
+    def _unlocked(self, strips: int, row: _Row | None = None) -> Iterator[None]:
+        """Lets go of the lock while the driver is at it, which takes long: others go on, and leave room for strips."""
+        self._coming, self._coming_to = strips, row
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+            self._coming, self._coming_to = 0, None
+            self._lock.notify_all()
+
+    def _short(self, strips: int) -> int:
+        """How many strips the budget lacks for so many more."""
+        return self._mapped + self._coming + strips - self._limit
 
     def _make_room(self, strips: int, asker: _Row, *, urgent: bool) -> bool:
         """Takes back as many strips as the budget lacks, or none if there are not enough."""
-        short = self._mapped + strips - self._limit
+        short = self._short(strips)
         if short <= 0:
             return True
         victims = list(self._victims(asker, urgent=urgent))
@@ -379,18 +427,3 @@ class KvCache:
         """Where a page of a row begins, in every tensor."""
         for tensor in range(self._tensors):
             yield (tensor * len(self._rows) + row.index) * self._row_bytes + page * self._page_bytes
-
-
-def _whole(device: torch.device) -> torch.device:
-    """With its index."""
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-def _default_page(device: torch.device) -> int:
-    return smallest_page(device) if device.type == "cuda" else PAGE_BYTES
-
-
-def _reserve(nbytes: int, dtype: torch.dtype, device: torch.device, page_bytes: int) -> Memory:
-    if device.type == "cuda":
-        return DeviceMemory(nbytes, dtype=dtype, device=device, page_bytes=page_bytes)
-    return HostMemory(nbytes, dtype=dtype, page_bytes=page_bytes)

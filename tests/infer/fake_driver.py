@@ -2,6 +2,8 @@
 
 import ctypes
 import mmap
+import threading
+import time
 from enum import Enum
 from types import SimpleNamespace
 
@@ -38,6 +40,7 @@ class FakeDriver:
         self.calls: list[str] = []
         self.reserved: mmap.mmap | None = None
         self._next = 1
+        self._contexts = threading.local()
 
     def CUmemAllocationProp(self) -> SimpleNamespace:
         return SimpleNamespace(location=SimpleNamespace())
@@ -45,25 +48,42 @@ class FakeDriver:
     def CUmemAccessDesc(self) -> SimpleNamespace:
         return SimpleNamespace()
 
-    def cuCtxSetCurrent(self, context: object) -> tuple:
-        assert context == "torch's"
+    def cuCtxPushCurrent(self, context: object) -> tuple:
+        self._contexts.stack = [*self.contexts, context]
         return (Result.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self) -> tuple:
+        *self._contexts.stack, last = self.contexts
+        return Result.CUDA_SUCCESS, last
+
+    @property
+    def contexts(self) -> list[object]:
+        """Of this thread; the last one is current."""
+        return getattr(self._contexts, "stack", [])
+
+    def _enter(self, call: str | None = None) -> None:
+        assert self.contexts[-1:] == ["torch's"], "a call in the context of another device, or of none"
+        if call:
+            self.calls.append(call)
+        time.sleep(0)  # as the real one, it lets other threads go on
 
     def cuMemGetAllocationGranularity(self, properties: SimpleNamespace, flag: int) -> tuple:
         return Result.CUDA_SUCCESS, PAGE
 
     def cuMemAddressReserve(self, nbytes: int, alignment: int, address: int, flags: int) -> tuple:
+        self._enter()
         self.reserved = mmap.mmap(-1, nbytes)
         return Result.CUDA_SUCCESS, ctypes.addressof(ctypes.c_char.from_buffer(self.reserved))
 
     def cuMemAddressFree(self, address: int, nbytes: int) -> tuple:
+        self._enter()
         assert not self.mapped
         return (Result.CUDA_SUCCESS,)
 
     def cuMemCreate(self, nbytes: int, properties: SimpleNamespace, flags: int) -> tuple:
         assert nbytes == PAGE
         assert properties.win32HandleMetaData == 0
-        self.calls.append("create")
+        self._enter("create")
         if len(self.handles) >= self.most_pages:
             return Result.CUDA_ERROR_OUT_OF_MEMORY, None
         self._next += 1
@@ -73,7 +93,7 @@ class FakeDriver:
     def cuMemRelease(self, handle: int) -> tuple:
         assert handle not in self.mapped.values()
         self.handles.remove(handle)
-        self.calls.append("release")
+        self._enter("release")
         return (Result.CUDA_SUCCESS,)
 
     def cuMemMap(self, address: int, nbytes: int, offset: int, handle: int, flags: int) -> tuple:
@@ -83,7 +103,7 @@ class FakeDriver:
         assert handle not in self.mapped.values(), "a page is mapped twice"
         self.mapped[address] = handle
         ctypes.memset(address, 0xFF, nbytes)  # NaN
-        self.calls.append("map")
+        self._enter("map")
         return (Result.CUDA_SUCCESS,)
 
     def cuMemSetAccess(self, address: int, nbytes: int, access: list, count: int) -> tuple:
@@ -91,7 +111,7 @@ class FakeDriver:
         pages = range(address, address + nbytes, PAGE)
         assert all(page in self.mapped for page in pages)
         self.accessible.update(pages)
-        self.calls.append("set_access")
+        self._enter("set_access")
         return (Result.CUDA_SUCCESS,)
 
     def cuMemUnmap(self, address: int, nbytes: int) -> tuple:
@@ -99,7 +119,7 @@ class FakeDriver:
         del self.mapped[address]
         self.accessible.remove(address)
         ctypes.memset(address, 0xFF, nbytes)
-        self.calls.append("unmap")
+        self._enter("unmap")
         return (Result.CUDA_SUCCESS,)
 
     def cuGetErrorString(self, status: Result) -> tuple:
@@ -117,4 +137,4 @@ def use(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     def reserve(nbytes: int, dtype: torch.dtype, device: torch.device, page_bytes: int) -> DeviceMemory:
         return DeviceMemory(nbytes, dtype=dtype, device=device, page_bytes=page_bytes)
 
-    monkeypatch.setattr(kv_cache, "_reserve", reserve)
+    monkeypatch.setattr(kv_cache, "reserve", reserve)

@@ -23,7 +23,7 @@ from tests.infer.subjects import MAX_TOKENS, Subject, finish, prompts, request, 
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> dict:
     """Settings under which four sequences of the usual subject do not fit into memory: its pages hold 10 tokens."""
-    monkeypatch.setattr("raygrow.infer.kv_cache.PAGE_BYTES", 4096)
+    monkeypatch.setattr("raygrow.infer.memory.PAGE_BYTES", 4096)
     return {"kv_layout": "interleaved", "kv_cache_memory_bytes": 9 * 2 * 4096}
 
 

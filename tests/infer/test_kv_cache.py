@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from raygrow.infer import kv_cache
 from raygrow.infer.kv_cache import KvCache, Layout
 from raygrow.nn.config import ModelConfig
 from tests.infer import fake_driver
@@ -294,6 +295,68 @@ def test_nobody_waits_for_pages_that_are_mapped_ahead(monkeypatch: pytest.Monkey
     assert cache.ensure(0, 65)
     assert cache.usage.mapped_bytes == 3 * strip_bytes("block")
     cache.close()
+
+
+def test_nobody_but_its_own_sequence_waits_for_a_page_that_is_created(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_driver.use(driver := FakeDriver(most_pages=1000), monkeypatch)
+    cache = make_cache()
+    for slot in (0, 1, 2):
+        cache.ensure(slot, 10)
+    begun, go_on, create_page = threading.Event(), threading.Event(), driver.cuMemCreate
+
+    def create_slowly(*arguments) -> tuple:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(10)
+        return create_page(*arguments)
+
+    monkeypatch.setattr(driver, "cuMemCreate", create_slowly)
+    cache.reclaim()  # but for the spare pages of two strips
+    cache.ensure(1, 65)
+    cache.ensure(1, 129)
+    cache.map_ahead(0, 100)
+    assert begun.wait(10)
+    assert cache.ensure(1, 200)
+    cache.release(2)
+    assert cache.ensure(2, 64)
+    assert cache.copy(1, 2, 50) == 50
+    threading.Timer(0.05, go_on.set).start()
+    assert cache.ensure(0, 100)  # this one waits: a page must not be mapped twice
+    assert cache.capacity(0) == 128
+    settle(cache)
+    assert cache.usage.mapped_bytes == (1 + 2 + 4 + 1) * strip_bytes("block")
+    cache.close()
+    assert not driver.handles
+
+
+def test_memory_that_is_there_again_is_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    fake_driver.use(driver := FakeDriver(most_pages=3 * 4), monkeypatch)
+    cache = make_cache()
+    assert cache.ensure(0, 192)
+    for _ in range(3):
+        assert not cache.ensure(1, 64)
+    assert len(caplog.records) == 1
+    driver.most_pages = 3 * 9
+    calls = len(driver.calls)
+    assert not cache.ensure(1, 64)  # the device is not asked again and again
+    assert len(driver.calls) == calls
+    monkeypatch.setattr(kv_cache, "SECONDS_WITHOUT", 0.0)
+    cache._ask_again = 0.0
+    assert cache.ensure(1, 256)
+    assert not cache.ensure(2, 128)
+    assert cache.ensure(2, 64)
+    driver.most_pages = 100
+    assert cache.ensure(2, 400)
+    assert cache.usage.mapped_bytes == (1 + 3 + 4 + 7) * strip_bytes("block")
+    cache.close()
+
+
+def test_closing_twice_is_closing_once(driver: FakeDriver | None) -> None:
+    cache = make_cache()
+    cache.ensure(0, 100)
+    cache.close()
+    cache.close()
+    assert driver is None or not (driver.handles or driver.contexts)
 
 
 class Sequences:

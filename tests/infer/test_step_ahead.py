@@ -33,7 +33,7 @@ def of_all_kinds(subject: Subject) -> list[Request]:
 
 @pytest.mark.parametrize("scarce", [False, True])
 def test_a_step_ahead_changes_no_answer(subject: Subject, scarce: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("raygrow.infer.kv_cache.PAGE_BYTES", 4096)
+    monkeypatch.setattr("raygrow.infer.memory.PAGE_BYTES", 4096)
     answers = []
     for ahead in (False, True):
         engine = subject.engine(**SCARCE if scarce else {}, async_scheduling=ahead)
