@@ -137,6 +137,7 @@ def test_wrong_settings_are_named(words: list[str], named: str, capsys: pytest.C
         (["chat", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9/v1"),
         (["chat", "127.0.0.1:9/v1"], "no server answers at http://127.0.0.1:9/v1"),
         (["chat", "nowhere"], "nowhere: there is no such folder"),
+        (["generate", "nowhere", "--prompt", "a"], "nowhere: there is no such folder; give one that holds a model"),
         (["prepare", "data=files", "data.files=nowhere.txt"], "nowhere.txt"),
     ],
 )

@@ -13,7 +13,7 @@ from raygrow.infer.config import EngineConfig
 from raygrow.infer.graphs import can_record
 from raygrow.infer.kv_cache import KvCache
 from raygrow.infer.output import Output
-from raygrow.infer.request import Delta, FinishReason, Logprob, Request
+from raygrow.infer.request import Delta, FinishReason, Logprob, PromptTooLong, Request
 from raygrow.infer.runner import Runner
 from raygrow.infer.sampler import NOT_A_NUMBER
 from raygrow.infer.scheduler import Scheduler
@@ -120,7 +120,8 @@ class Engine:
         """
         longest = self.max_model_len - (request.sampling.max_tokens > 0)
         if not 0 < len(request.prompt) <= longest:
-            raise ValueError(f"the prompt has {len(request.prompt)} tokens; this model takes 1 to {longest}")
+            wrong = PromptTooLong if request.prompt else ValueError
+            raise wrong(f"the prompt has {len(request.prompt)} tokens; this model takes 1 to {longest}")
         for token in (*request.prompt, *request.sampling.stop_token_ids):
             if not 0 <= token < self._vocab_size:
                 raise ValueError(f"token {token}: this model has the tokens 0 to {self._vocab_size - 1}")
@@ -286,6 +287,8 @@ def load_engine(folder: str | Path, config: EngineConfig | None = None) -> Engin
     """
     config = config or EngineConfig()
     folder = finished_model(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: there is no such folder; give one that holds a model, or a finished run")
     tokenizer = load_tokenizer(folder)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     logger.info("loading %s on %s", folder, device)

@@ -8,6 +8,10 @@ from raygrow.infer.sampling import Sampling
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class PromptTooLong(ValueError):
+    """A prompt does not fit into what a model has room for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One sequence to continue; several continuations of one prompt are several requests."""

@@ -21,7 +21,7 @@ from ray.serve.config import AutoscalingPolicy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from raygrow.infer.request import Delta, Request
+from raygrow.infer.request import Delta, PromptTooLong, Request
 from raygrow.runtime.cluster import connect, has_gpu
 from raygrow.runtime.openai.app import make_app
 from raygrow.runtime.openai.model import Overloaded
@@ -78,7 +78,8 @@ class Served:
                 raise Overloaded(retry_after=self._llm.deployment_config.retry_after_s) from error
             except RayTaskError as error:
                 if isinstance(error.cause, ValueError):  # the engine's own words, without the way they came
-                    raise ValueError(str(error.cause)) from error
+                    wrong = PromptTooLong if isinstance(error.cause, PromptTooLong) else ValueError
+                    raise wrong(str(error.cause)) from error
                 raise
             except RayActorError:
                 logger.warning("a replica of %s was lost while it answered", self.id)

@@ -190,6 +190,17 @@ def test_errors_are_told(page: Page, prompt: str, told: str) -> None:
     assert ("0 1 2 3 4 5" in page.text("article .text")) == (prompt == "break")
 
 
+def test_a_turn_without_an_answer_is_not_said_again(page: Page, writers: list[Writer]) -> None:
+    say(page, "overload at first")
+    page.until(f"document.querySelector('.error')?.innerText && {DONE}")
+    say(page, "break a short one")  # half an answer is one
+    page.until(f"document.querySelectorAll('.error:not([hidden])').length === 2 && {DONE}")
+    say(page, "now a short one")
+    page.until(f"document.querySelectorAll('article').length === 6 && {DONE}")
+    told = writers[0].tokenizer.decode(list(writers[0].requests[-1].prompt))
+    assert [told.count(part) for part in ("overload", "break a short one", "0 1 2", "now a")] == [0, 1, 1, 1]
+
+
 def test_dark_and_light(page: Page) -> None:
     colours = []
     for dark in (False, True):

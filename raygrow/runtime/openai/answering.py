@@ -7,17 +7,25 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import cast
 
-from raygrow.infer.request import Delta, Request
+from raygrow.infer.request import Delta, PromptTooLong, Request
 from raygrow.runtime.openai.errors import ApiError
 from raygrow.runtime.openai.metrics import Metrics
 from raygrow.runtime.openai.model import Model
 
 
-async def answer(model: Model, requests: Sequence[Request], metrics: Metrics) -> AsyncGenerator[dict[int, Delta]]:
+async def answer(
+    model: Model, requests: Sequence[Request], metrics: Metrics, *, param: str
+) -> AsyncGenerator[dict[int, Delta]]:
     """What is new of the answers, by the number of the request, until all have ended.
 
     Whatever has arrived since the last time comes together, one Delta of each: a reader who is slower than the model
     gets fewer and larger pieces. Closing the iterator aborts what has not ended.
+
+    Args:
+        model: Answers.
+        requests: One of each answer.
+        metrics: Where times are noted.
+        param: The client's field that the prompts are from.
 
     Raises:
         ApiError: If an answer ends in an error, or without an end, or the model refuses a prompt.
@@ -30,6 +38,9 @@ async def answer(model: Model, requests: Sequence[Request], metrics: Metrics) ->
             async with aclosing(_measured(model, request, metrics)) as deltas:
                 async for delta in deltas:
                     arrived.put_nowait((index, delta))
+        except ValueError as error:
+            code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+            arrived.put_nowait((index, ApiError(f"{param}: {error}", param=param, code=code)))
         except Exception as error:
             arrived.put_nowait((index, error))
 
@@ -57,7 +68,11 @@ async def answer(model: Model, requests: Sequence[Request], metrics: Metrics) ->
 
 
 async def _measured(model: Model, request: Request, metrics: Metrics) -> AsyncGenerator[Delta]:
-    """A model's answer to one request; errors in it are raised, and its times are noted."""
+    """A model's answer to one request; errors in it are raised, and its times are noted.
+
+    Raises:
+        ValueError: If the model cannot continue the prompt.
+    """
     began, first, tokens = time.perf_counter(), None, 0
     metrics.open.labels(model.id).inc()
     try:
@@ -80,8 +95,6 @@ async def _measured(model: Model, request: Request, metrics: Metrics) -> AsyncGe
                         metrics.next_token.labels(model.id).observe(mean)
                     return
         raise _lost("the answer ended before it was finished; ask again")
-    except ValueError as error:
-        raise ApiError(str(error), param="prompt") from error
     finally:
         metrics.open.labels(model.id).dec()
 

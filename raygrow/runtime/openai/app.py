@@ -248,7 +248,7 @@ class _Api:
         ]
         usage = Usage(sum(len(prompt.ids) for prompt in prompts))
         written = Answer(shape, model=model.id, name=name)
-        deltas = answer(model, requests, self._metrics)
+        deltas = answer(model, requests, self._metrics, param=shape.param)
         if not body.stream:
             return JSONResponse(await while_connected(http, partial(_whole, deltas, written, usage)))
         # what cannot even begin is told by a status, which a stream can no longer change

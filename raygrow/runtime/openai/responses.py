@@ -31,6 +31,8 @@ class Shape(Protocol):
     """Name of the object that is one answer."""
     chunk: str
     """Name of the objects of a stream."""
+    param: str
+    """The client's field that prompts are from."""
 
     def choice(self, index: int, delta: Delta) -> Json:
         """All of one choice."""
@@ -51,7 +53,7 @@ class CompletionShape:
         logprobs: Whether they are asked for.
     """
 
-    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+    prefix, whole, chunk, param = "cmpl", "text_completion", "text_completion", "prompt"
 
     def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, echo: bool, logprobs: bool) -> None:
         self._prompts, self._echo = prompts, echo
@@ -82,7 +84,7 @@ class ChatShape:
         logprobs: Whether they are asked for.
     """
 
-    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, whole, chunk, param = "chatcmpl", "chat.completion", "chat.completion.chunk", "messages"
 
     def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         self._bytes = TokenBytes(tokenizer) if logprobs else None
@@ -181,6 +183,7 @@ class _TextLogprobs:
         self._bytes = TokenBytes(tokenizer)
         self._prompt, self._echo = prompt, echo
         self._decoder = IncrementalDecoder(tokenizer, () if echo else prompt.ids)
+        self._special = {id: text for text, id in tokenizer.special_tokens.items()}
         self._offset = 0
 
     def add(self, delta: Delta) -> Json:
@@ -203,6 +206,9 @@ class _TextLogprobs:
     def _place(self, id: int) -> int:
         offset = self._offset
         self._offset += len(self._decoder.push([id]))
+        spelled = self._special.get(id)
+        if spelled and self._echo and self._prompt.text.startswith(spelled, offset):
+            self._offset += len(spelled)  # no decoder gives it, but the client wrote it, and gets it back
         return offset
 
 

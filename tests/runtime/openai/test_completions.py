@@ -83,6 +83,21 @@ def test_scores_of_an_echo_are_those_of_a_full_forward_pass(url: str, rack: Rack
             assert token.startswith("bytes:") or text[offset:].startswith(token)
 
 
+@pytest.mark.parametrize("as_text", [True, False])
+def test_places_after_special_tokens_are_those_in_the_text(url: str, tokenizer: Tokenizer, as_text: bool) -> None:
+    prompt = "the <|endoftext|>model, <|endoftext|><|endoftext|>grown"
+    ids = tokenizer.encode(prompt, parse_special=True)
+    assert ids.count(tokenizer.eos_id) == 3
+    given = prompt if as_text else ids
+    (choice,) = complete(url, prompt=given, max_tokens=5, echo=True, logprobs=0, ignore_eos=True)["choices"]
+    echoed = prompt if as_text else prompt.replace("<|endoftext|>", "")
+    found, text = choice["logprobs"], choice["text"]
+    assert text.startswith(echoed)
+    for token, offset in list(zip(found["tokens"], found["text_offset"], strict=True))[: len(ids)]:
+        assert text[offset:].startswith(token) == (as_text or token != "<|endoftext|>")
+    assert found["text_offset"][len(ids)] == len(echoed)
+
+
 def test_scoring_alone_adds_nothing(url: str, tokenizer: Tokenizer) -> None:
     answer = complete(url, prompt=PROMPT, max_tokens=0, echo=True, logprobs=0)
     (choice,) = answer["choices"]

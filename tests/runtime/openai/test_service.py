@@ -29,6 +29,21 @@ def refused(response: httpx2.Response, status: int) -> dict[str, str]:
     return error
 
 
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [("completions", {"prompt": "a" * 2000}, "prompt"), ("chat/completions", {"messages": MESSAGES * 200}, "messages")],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_context_that_is_shorter_than_the_server_thinks(
+    model: LocalModel, route: str, body: dict, param: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "max_model_len", 10**6)
+    with served(make_app({model.id: model})) as url:
+        error = refused(httpx2.post(f"{url}/v1/{route}", json={**body, "stream": stream}), 400)
+    assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+    assert "tokens; this model takes 1 to 1023" in error["message"]
+
+
 def eventually(holds: Callable[[], bool], *, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
