@@ -59,9 +59,13 @@ def make_subject(shape: dict, tokenizer: Tokenizer, folder: Path) -> Subject:
     )
     model = Rack(config)
     init_weights(model, config, seed=3)
+    return subject_of_model(model, tokenizer, folder)
+
+
+def subject_of_model(model: Rack, tokenizer: Tokenizer, folder: Path) -> Subject:
     tokenizer.save(folder / "tokenizer")
     tensors = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-    path = write_folder(folder / "model", config, tensors, format="hf", tokenizer_from=folder / "tokenizer")
+    path = write_folder(folder / "model", model.config, tensors, format="hf", tokenizer_from=folder / "tokenizer")
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     return Subject(path, reference, tokenizer.eos_id, tokenizer.vocab_size)
 
