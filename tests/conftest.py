@@ -9,6 +9,7 @@ import pytest
 # before torch is imported, also for processes that tests start
 os.environ.update(
     OMP_NUM_THREADS="1",
+    CUBLAS_WORKSPACE_CONFIG=":4096:8",  # torch looks once, at the first product on a GPU
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     RAY_AUTH_MODE="disabled",
