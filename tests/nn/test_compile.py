@@ -53,7 +53,7 @@ def test_a_compiled_block_has_the_gradients_of_the_block(kind: dict, d_model: in
     wrong = {
         name: off for name, one, other in zip(names, first, expected, strict=True) if (off := far(one, other)) > 0.2
     }
-    assert not wrong  # a few tokens go to other experts: their router rounds otherwise
+    assert max(offs.values()) <= 0.2, offs  # a few tokens go to other experts: their router rounds otherwise
     if deterministic:
         again = [{n for n, a, b in zip(names, other, first, strict=True) if not torch.equal(a, b)} for other in others]
         assert again == [set()] * len(others)
