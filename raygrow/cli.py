@@ -31,6 +31,7 @@ raygrow pre-trains language models by growth: train a small one, grow it, go on 
   serve     raygrow serve runs/tiny-gstack                    OpenAI's API and a page to chat, on Ray Serve
             raygrow chat http://localhost:8000                or in the terminal
   export    raygrow export runs/tiny-gstack OUT --format hf   a folder for transformers
+  sparse    raygrow sparsify runs/tiny-gstack OUT data=data/python_source     decoding reads part of the weights
   by hand   raygrow grow SMALL BIG operator=gstack factor=2   grow any model folder
   plan      raygrow timing --params 7e9 --tokens 2e12         when to grow
 

@@ -215,6 +215,8 @@ def timing(parsed: argparse.Namespace) -> int:
     _argument("--data", "folder of prepared data", type=Path, required=True),
     _argument("--sequences", "how many to score; 0 is all", type=int, default=0),
     _argument("--seq-len", "tokens in each; what a run trained with, or else the model's most", type=int),
+    _argument("--sparsity", "a level of a model that was made sparse; it runs dense when not given", type=float),
+    _argument("--policy", "which tokens are sparse", choices=("decode", "all"), default="decode"),
 )
 def evaluate(parsed: argparse.Namespace) -> int:
     """Loss, perplexity and bits per byte.
@@ -225,6 +227,8 @@ def evaluate(parsed: argparse.Namespace) -> int:
     Examples:
       raygrow evaluate runs/tiny-gstack --data data/python_source
       raygrow evaluate models/llama --data data/mine --sequences 100 --seq-len 2048
+      raygrow evaluate models/sparse --data data/mine --sparsity 0.4           the second half of each sequence, sparse
+      raygrow evaluate models/sparse --data data/mine --sparsity 0.4 --policy all        every token, prompts too
     """
     from raygrow.evaluate.perplexity import evaluate_model
     from raygrow.runtime.progress import progress_bars
@@ -235,9 +239,50 @@ def evaluate(parsed: argparse.Namespace) -> int:
             parsed.data,
             sequences=parsed.sequences,
             seq_len=_trained_seq_len(parsed.model) if parsed.seq_len is None else parsed.seq_len,
+            sparsity=parsed.sparsity,
+            policy=parsed.policy,
             progress=progress,
         )
     print(record.to_json(), end="")
+    return 0
+
+
+@_command(
+    MODEL,
+    TARGET,
+    _argument("settings", "data=FOLDER, sparsity=0.4, method=larosa, rotation=block and others", **SETTINGS),
+)
+def sparsify(parsed: argparse.Namespace) -> int:
+    """Make a model sparse.
+
+    Decoding a token reads every weight of a dense model. A sparse one drops the entries of its activations that matter
+    least, token by token, and the weights that these would be multiplied by are not read. This calibrates a model on
+    the train split of prepared data, turns it into a basis in which little is lost, searches how much to drop where,
+    and measures what it costs on the validation split: the card is README.md, the plan sparsity.json.
+
+    Examples:
+      raygrow sparsify runs/tiny-gstack models/sparse data=data/python_source
+      raygrow sparsify models/llama models/sparse data=data/mine sparsity=0.4
+      raygrow sparsify models/llama models/sparse data=data/mine 'sparsity=[0.4,0.5,0.75]' sequences=32 seq_len=2048
+      raygrow sparsify models/llama models/larosa data=data/mine method=larosa          a basis per block, with adapters
+      raygrow sparsify models/llama models/teal data=data/mine method=teal split=uniform
+    """
+    from raygrow.config import build
+    from raygrow.evaluate.sparsify import sparsify_model
+    from raygrow.runtime.progress import progress_bars
+    from raygrow.sparsity.sparsify import SparsifyConfig
+
+    settings = dict(map(_setting, parsed.settings))
+    if not isinstance(settings.get("data"), str):
+        raise ValueError("data is missing: name a folder of prepared data, such as data=data/python_source")
+    data = Path(settings.pop("data"))
+    seq_len = {} if "seq_len" in settings else {"seq_len": _trained_seq_len(parsed.model) or 0}
+    config: SparsifyConfig = build(SparsifyConfig, {**settings, **seq_len})
+    with progress_bars() as progress:
+        made = sparsify_model(_model_folder(parsed.model), parsed.target, data, config, progress=progress)
+    dense, *levels = made.rows
+    for row in levels:
+        print(f"{parsed.target}  {row.told(dense)}")
     return 0
 
 
@@ -252,6 +297,9 @@ def export(parsed: argparse.Namespace) -> int:
       raygrow export runs/tiny-gstack out --format hf       opens with transformers' AutoModelForCausalLM
       raygrow export models/mixtral out --format raygrow    a Hugging Face model as raygrow's own folder
     """
+    import shutil
+
+    from raygrow.sparsity.plan import PLAN_FILE
     from raygrow.weights.folder import open_folder, write_folder
 
     folder = open_folder(_model_folder(parsed.model))
@@ -263,6 +311,8 @@ def export(parsed: argparse.Namespace) -> int:
         tokenizer_from=folder.path,
         settings=folder.settings if folder.format == parsed.format == "hf" else None,
     )
+    if (folder.path / PLAN_FILE).exists():
+        shutil.copyfile(folder.path / PLAN_FILE, parsed.target / PLAN_FILE)
     print(parsed.target)
     return 0
 

@@ -17,6 +17,10 @@ from raygrow.data.shards import MANIFEST_FILE, check_tokenizer, open_tokens
 from raygrow.evaluate.record import choose_device, commit, sha256_of, versions
 from raygrow.nn.score import bits_per_byte, sum_loss
 from raygrow.progress import Progress, silent
+from raygrow.sparsity.apply import sparse
+from raygrow.sparsity.linear import SparseRows
+from raygrow.sparsity.plan import PLAN_FILE, load_plan
+from raygrow.sparsity.policy import Policy, under_policy
 from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from raygrow.weights.folder import load_model
 
@@ -36,11 +40,15 @@ class EvaluationRecord:
     seconds: float
     sequences: int
     seq_len: int
+    sparsity: float | None
+    """Of a model that has been made sparse; None where it ran dense."""
+    policy: Policy | None
+    """Which tokens were sparse, and which of them counted, see `sparsity/policy.py`."""
     device: str
     dtype: str
     model: str
     model_sha256: str
-    """Of config.json and the tensors."""
+    """Of config.json and the tensors, and of the plan of a model that ran sparse."""
     data: str
     data_sha256: str
     """Of the manifest, which holds the shards' own."""
@@ -60,6 +68,8 @@ def evaluate_model(
     sequences: int = 0,
     seq_len: int | None = None,
     batch_size: int = 8,
+    sparsity: float | None = None,
+    policy: Policy = "decode",
     device: str | None = None,
     progress: Progress = silent,
 ) -> EvaluationRecord:
@@ -71,13 +81,15 @@ def evaluate_model(
         sequences: How many, from the start of the split; 0 takes all.
         seq_len: Tokens in each; the model's `max_seq_len` when not given.
         batch_size: Sequences in one forward pass.
+        sparsity: A level of a model that has been made sparse; it runs dense when not given.
+        policy: Which tokens are sparse then. Of `decode`, the second half of each sequence counts.
         device: `cuda`, `cpu`, ...; CUDA where there is one when not given.
         progress: Called after each batch.
 
     Raises:
         FileNotFoundError: If a folder or a file in it is missing.
         ValueError: If a file is damaged, the data was prepared with another tokenizer than the model's, the split is
-            shorter than one sequence, or a number is out of range.
+            shorter than one sequence, a number is out of range, or the model was not made for that sparsity.
     """
     if sequences < 0:
         raise ValueError(f"sequences={sequences}: must be at least 1, or 0 for all")
@@ -86,6 +98,9 @@ def evaluate_model(
         check_tokenizer(tokens.manifest, load_tokenizer(model_folder), name=f"the tokenizer of {model_folder}")
     place = choose_device(device)
     model = load_model(model_folder, device=place).eval()
+    rows = SparseRows()
+    if sparsity is not None:
+        sparse(model, load_plan(model_folder, model.config), sparsity, rows=rows)
     if tokens.manifest.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{model_folder} knows {model.config.vocab_size} tokens, but {data_path} was prepared with a tokenizer of "
@@ -95,6 +110,8 @@ def evaluate_model(
     if not 1 <= seq_len <= model.config.max_seq_len:
         raise ValueError(f"seq_len={seq_len}: this model takes 1 to {model.config.max_seq_len} tokens")
     batch = fixed_batch(tokens, sequences, seq_len)
+    if sparsity is not None:
+        batch = under_policy(batch, rows, policy)
     logger.info("evaluating %s on %s, %d sequences of %d tokens", model_folder, place, *batch[0].shape)
     started = time.perf_counter()
     total, count = sum_loss(model, _parts(batch, batch_size, place, progress))
@@ -107,10 +124,18 @@ def evaluate_model(
         seconds=time.perf_counter() - started,
         sequences=batch[0].shape[0],
         seq_len=batch[0].shape[1],
+        sparsity=sparsity,
+        policy=None if sparsity is None else policy,
         device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
         model=str(model_folder),
-        model_sha256=sha256_of([model_folder / "config.json", *model_folder.glob("*.safetensors")]),
+        model_sha256=sha256_of(
+            [
+                model_folder / "config.json",
+                *model_folder.glob("*.safetensors"),
+                *([] if sparsity is None else [model_folder / PLAN_FILE]),
+            ]
+        ),
         data=str(data_path),
         data_sha256=sha256_of([data_path / MANIFEST_FILE]),
     )

@@ -79,7 +79,7 @@ class SparsityPlan:
     def save(self, folder: Path) -> None:
         """Writes `sparsity.json`."""
         levels = {
-            f"{sparsity:g}": {
+            str(sparsity): {
                 "nominal": level.nominal,
                 "skipped": level.skipped,
                 "blocks": [

@@ -39,11 +39,7 @@ def policy_loss(
         policy: Which tokens are sparse.
         batch_size: Sequences at a time.
     """
-    tokens_BT, targets_BT = batch
-    start = 0 if policy == "all" else tokens_BT.shape[1] // 2
-    rows.start, rows.stop = start, None
-    counted_BT = targets_BT.clone()
-    counted_BT[:, :start] = IGNORE
+    tokens_BT, counted_BT = under_policy(batch, rows, policy)
     device = model.embedding.weight.device
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
@@ -53,6 +49,15 @@ def policy_loss(
     with torch.inference_mode():
         total, count = sum_loss(model, parts())
     return total.item() / count, count
+
+
+def under_policy(batch: tuple[Tensor, Tensor], rows: SparseRows, policy: Policy) -> tuple[Tensor, Tensor]:
+    """Tells a model which tokens are sparse; the batch with those targets alone that count."""
+    tokens_BT, targets_BT = batch
+    rows.start, rows.stop = (0 if policy == "all" else tokens_BT.shape[1] // 2), None
+    counted_BT = targets_BT.clone()
+    counted_BT[:, : rows.start] = IGNORE
+    return tokens_BT, counted_BT
 
 
 class Divergence:

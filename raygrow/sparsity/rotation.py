@@ -3,7 +3,7 @@
 A basis is an orthogonal matrix Q: what was x is x Q in it. Shapes: D model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,12 @@ def principal_basis(moment_DD: Tensor) -> Tensor:
 
     Args:
         moment_DD: Symmetric, fp64.
+
+    Raises:
+        ValueError: If it holds what is no number.
     """
+    if not moment_DD.isfinite().all():
+        raise ValueError("the model's activations on the calibration text are no numbers: is it damaged?")
     damping = DAMPING * moment_DD.diagonal().mean()
     damped_DD = moment_DD + damping * torch.eye(len(moment_DD), dtype=moment_DD.dtype, device=moment_DD.device)
     return torch.linalg.eigh(damped_DD).eigenvectors.flip(1)
@@ -39,11 +44,6 @@ def global_basis(statistics: Iterable[BlockStatistics], config: ModelConfig, dev
         total_DD = _moment(block) if total_DD is None else total_DD + _moment(block)
     assert total_DD is not None, "a model has Blocks"
     return [principal_basis(total_DD.to(device)).cpu()] * config.n_blocks
-
-
-def is_orthogonal(bases: Sequence[Tensor], tolerance: float = 1e-10) -> bool:
-    """Whether every matrix is a basis: a solver that failed would silently change the model."""
-    return all(bool(((q_DD.T @ q_DD - torch.eye(len(q_DD))).abs() < tolerance).all()) for q_DD in bases)
 
 
 def _moment(block: BlockStatistics) -> Tensor:

@@ -1,0 +1,74 @@
+"""Makes a model folder sparse on prepared data: its train split calibrates, its validation split measures."""
+
+from pathlib import Path
+
+from raygrow.data.sampler import fixed_batch
+from raygrow.data.shards import Tokens, check_tokenizer, open_tokens
+from raygrow.progress import Progress, silent
+from raygrow.sparsity.sparsify import Sparsified, SparsifyConfig, Texts, check_source, sparsify_folder
+from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
+from raygrow.weights.folder import ModelFolder, open_folder
+
+LONGEST = 2048
+"""Tokens of a calibration sequence when nobody says."""
+
+
+def sparsify_model(
+    model_folder: Path, target: Path, data_path: Path, config: SparsifyConfig, *, progress: Progress = silent
+) -> Sparsified:
+    """Writes the sparse model of a folder, with its plan and card.
+
+    Args:
+        model_folder: A raygrow or Hugging Face model folder.
+        target: The folder to write.
+        data_path: A folder of prepared data.
+        config: How.
+        progress: Told how far it is.
+
+    Raises:
+        FileNotFoundError: If a folder or a file in it is missing.
+        ValueError: If the model cannot be made sparse so, the data was prepared with another tokenizer, or is too
+            short; nothing is written.
+        OSError: If the target exists already or cannot be written.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: remove it or choose another name")
+    folder = open_folder(model_folder)
+    check_source(folder, config)
+    texts = _texts(folder, data_path, config)
+    return sparsify_folder(folder, target, texts, config, progress=progress)
+
+
+def _texts(folder: ModelFolder, data_path: Path, config: SparsifyConfig) -> Texts:
+    train, validation = (open_tokens(data_path, split) for split in ("train", "validation"))
+    if (folder.path / TOKENIZER_FILE).is_file():
+        check_tokenizer(train.manifest, load_tokenizer(folder.path), name=f"the tokenizer of {folder.path}")
+    if train.manifest.vocab_size > folder.config.vocab_size:
+        raise ValueError(
+            f"{folder.path} knows {folder.config.vocab_size} tokens, but {data_path} was prepared with a tokenizer of "
+            f"{train.manifest.vocab_size}: prepare the data with the model's own tokenizer"
+        )
+    longest = folder.config.max_seq_len
+    seq_len = config.seq_len or min(longest, LONGEST)
+    if not 2 <= seq_len <= longest:
+        raise ValueError(f"seq_len={seq_len}: this model takes 2 to {longest} tokens")
+    _check_length(train, seq_len, config.sequences, folder, data_path)
+    return Texts(
+        name=str(data_path),
+        calibration=fixed_batch(train, config.sequences, seq_len),
+        validation=fixed_batch(validation, config.evaluate_sequences, seq_len),
+    )
+
+
+def _check_length(tokens: Tokens, seq_len: int, sequences: int, folder: ModelFolder, data_path: Path) -> None:
+    held = sum((len(shard) - 1) // seq_len for shard in tokens.shards)
+    if held < sequences:
+        raise ValueError(
+            f"{data_path}: calibration needs {sequences} sequences of {seq_len} tokens, the train split holds {held}: "
+            "prepare more text, or lower sequences or seq_len"
+        )
+    if sequences * seq_len < folder.config.d_model:
+        raise ValueError(
+            f"sequences={sequences}, seq_len={seq_len}: fewer tokens than d_model={folder.config.d_model}, too few to "
+            "tell where the energy of the activations lies; raise one of them"
+        )

@@ -1,0 +1,246 @@
+"""A sparse model from a dense one: calibrated, rotated, its splits searched and measured, with a plan and a card."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raygrow.nn.rack import Rack
+from raygrow.progress import Progress, silent
+from raygrow.sparsity import allocate
+from raygrow.sparsity.absorb import absorb_rules, absorbed_config
+from raygrow.sparsity.allocate import SplitName
+from raygrow.sparsity.calibrate import calibrate
+from raygrow.sparsity.card import Row, card
+from raygrow.sparsity.histogram import Histogram
+from raygrow.sparsity.inputs import Place
+from raygrow.sparsity.levels import Levels
+from raygrow.sparsity.linear import SparseRows
+from raygrow.sparsity.methods import ROTATIONS, Method, Rotation
+from raygrow.sparsity.plan import PLAN_FILE, Calibration, Level, SparsityPlan
+from raygrow.sparsity.policy import POLICIES, Policy, policy_loss
+from raygrow.sparsity.rotation import block_bases, global_basis
+from raygrow.weights.apply import Derived
+from raygrow.weights.atomic import new_folder
+from raygrow.weights.folder import ModelFolder, describe, layout_of, load_model, open_folder, write_stored
+from raygrow.weights.json_file import read_json
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsifyConfig:
+    """How a model is made sparse.
+
+    Raises:
+        ValueError: If a field is out of range; names it.
+    """
+
+    sparsity: float | tuple[float, ...] = (0.25, 0.4, 0.5)
+    """Shares of the Blocks' weights that a token is not to multiply by; a level for each."""
+    method: Method = "rotated_wina"
+    """Which entries are kept, see `sparsity/methods.py`."""
+    rotation: Literal["auto", "none", "global", "block"] = "auto"
+    """The basis: the model's own, one for the whole model, or one for each Block, with adapters; `auto` is the
+    method's."""
+    split: SplitName = "search"
+    """How a level is split between inputs, see `sparsity/allocate.py`."""
+    sequences: int = 16
+    """Of the calibration text."""
+    seq_len: int = 0
+    """Tokens in a sequence; 0 is what the model takes, 2048 at most."""
+    search_sequences: int = 4
+    """The first of them, on which splits are tried out."""
+    evaluate_sequences: int = 32
+    """Of the validation text, for the card; 0 is all."""
+    batch_size: int = 4
+    """Sequences at a time."""
+    device: str | None = None
+    """CUDA where there is one, when not given."""
+
+    def __post_init__(self) -> None:
+        levels = self.sparsity if isinstance(self.sparsity, Sequence) else (self.sparsity,)
+        object.__setattr__(self, "sparsity", tuple(sorted({float(level) for level in levels})))
+        if not levels:
+            raise ValueError("sparsity=[]: name at least one, such as 0.4")
+        for level in self.levels:
+            if not 0 <= level < 1:
+                raise ValueError(f"sparsity={level:g}: must be at least 0 and below 1")
+        for name, least in (
+            ("sequences", 1),
+            ("seq_len", 0),
+            ("search_sequences", 1),
+            ("evaluate_sequences", 0),
+            ("batch_size", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The sparsities, the smallest first."""
+        assert isinstance(self.sparsity, tuple)
+        return self.sparsity
+
+    @property
+    def basis(self) -> Rotation:
+        """The rotation, settled."""
+        return ROTATIONS[self.method] if self.rotation == "auto" else self.rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What a model is calibrated and measured on: tokens and targets, `(B, T)` each."""
+
+    name: str
+    calibration: Batch
+    validation: Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsified:
+    """What has been made."""
+
+    plan: SparsityPlan
+    rows: list[Row]
+    """What the levels cost, the dense model first."""
+
+
+def check_source(folder: ModelFolder, config: SparsifyConfig) -> None:
+    """Says what stands against making a model sparse, before any work is done.
+
+    Raises:
+        ValueError: If the model is rotated already, is of a kind that cannot be made sparse so, or has not enough to
+            drop.
+    """
+    planned = (
+        read_json(folder.path / PLAN_FILE).get("rotation", "none") if (folder.path / PLAN_FILE).exists() else "none"
+    )
+    rotation = folder.config.rotation if folder.config.rotation != "none" else planned
+    if rotation != "none":
+        raise ValueError(
+            f"{folder.path} is rotated already (rotation={rotation}): sparsify the model that it was made from"
+        )
+    if folder.config.attention_mode != "causal":
+        raise ValueError(
+            f"{folder.path}: attention_mode={folder.config.attention_mode}: only a model that generates text has "
+            "tokens to decode sparsely"
+        )
+    target = folder.config
+    if config.basis != "none":
+        target = absorbed_config(folder.config, config.basis)
+    for level in config.levels:
+        allocate.uniform(target, level)
+
+
+def sparsify_folder(
+    folder: ModelFolder, target: str | Path, texts: Texts, config: SparsifyConfig, *, progress: Progress = silent
+) -> Sparsified:
+    """Writes a sparse model as a new folder: the model, its plan `sparsity.json` and its card `README.md`.
+
+    Calibration has one Block's weights on the device at a time, and the rotated model is written tensor by tensor; to
+    search the splits and to measure them, the model is loaded.
+
+    Args:
+        folder: The dense model. A Hugging Face model stays one, unless it gets adapters.
+        target: The folder to write. It appears when it is complete.
+        texts: What to calibrate on and what to measure on.
+        config: How.
+        progress: Told of Blocks, tensors and inputs that have been dealt with.
+
+    Raises:
+        ValueError: If the model cannot be made sparse so; nothing is written.
+        OSError: If the target exists already or cannot be written.
+    """
+    check_source(folder, config)
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with new_folder(Path(target)) as aside:
+        rows = [_dense_row(folder, texts.validation, device, config)]
+        _write_model(folder, aside, texts.calibration[0], config, device, progress)
+        model = load_model(aside, device=device).eval()
+        magnitudes = _magnitudes(aside, texts.calibration[0], config, device) if config.method == "teal" else {}
+        search_BT = texts.calibration[0][: config.search_sequences]
+        levels = Levels(model, config.method, magnitudes, search_BT, batch_size=config.batch_size)
+        found: dict[float, Level] = {}
+        for sparsity in config.levels:
+            level = found[sparsity] = levels.level(sparsity, config.split, progress=progress)
+            losses: dict[Policy, float] = {
+                policy: levels.measure(level.choices, texts.validation, policy) for policy in POLICIES
+            }
+            rows.append(Row(sparsity=sparsity, nominal=level.nominal, skipped=level.skipped, losses=losses))
+            logger.info("%s", rows[-1].told(rows[0]))
+        plan = SparsityPlan(
+            method=config.method,
+            rotation=config.basis,
+            calibration=_calibration(texts),
+            levels=found,
+        )
+        plan.save(aside)
+        (aside / CARD_FILE).write_text(card(folder, plan, rows, config.split, texts.name, texts.validation[0].shape))
+    return Sparsified(plan=plan, rows=rows)
+
+
+def _write_model(
+    folder: ModelFolder,
+    target: Path,
+    tokens_BT: Tensor,
+    config: SparsifyConfig,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """The model in its new bases, or as it is."""
+    rotation, tensors, model = config.basis, folder.tensors, folder.config
+    if rotation != "none":
+        blocks = calibrate(model, tensors, tokens_BT, device=device, batch_size=config.batch_size, progress=progress)
+        bases = block_bases(blocks, device) if rotation == "block" else global_basis(blocks, model, device)
+        if model.tie_embeddings:
+            logger.info("the model is untied: its embedding and its head are in different bases")
+        tensors = Derived(absorb_rules(model, bases, rotation, device), tensors)
+        model = absorbed_config(model, rotation)
+    format = "raygrow" if rotation == "block" else folder.format
+    if format != folder.format:
+        logger.info("written in raygrow's format: Hugging Face's models have no place for adapters")
+    description = describe(
+        model, format, settings=folder.settings if format == "hf" else None, tokenizer_from=folder.path
+    )
+    layout = layout_of(model, format)
+    stored = Derived(layout.store, tensors)
+
+    def reported() -> Iterator[tuple[str, Tensor]]:
+        for done, pair in enumerate(stored.items(), start=1):
+            yield pair
+            progress(done, len(stored), "tensors written")
+
+    write_stored(target, reported(), layout, description, companions_from=folder.path, replace=True)
+
+
+def _dense_row(folder: ModelFolder, batch: Batch, device: torch.device, config: SparsifyConfig) -> Row:
+    model: Rack = load_model(folder.path, device=device).eval()
+    losses: dict[Policy, float] = {
+        policy: policy_loss(model, SparseRows(), batch, policy, batch_size=config.batch_size)[0] for policy in POLICIES
+    }
+    return Row(sparsity=0.0, nominal=0.0, skipped=0.0, losses=losses)
+
+
+def _magnitudes(path: Path, tokens_BT: Tensor, config: SparsifyConfig, device: torch.device) -> dict[Place, Histogram]:
+    folder = open_folder(path)
+    blocks = calibrate(folder.config, folder.tensors, tokens_BT, device=device, batch_size=config.batch_size)
+    return {(index, name): found for index, block in enumerate(blocks) for name, found in block.magnitudes.items()}
+
+
+def _calibration(texts: Texts) -> Calibration:
+    tokens_BT = texts.calibration[0]
+    return Calibration(
+        data=texts.name,
+        sequences=tokens_BT.shape[0],
+        seq_len=tokens_BT.shape[1],
+        sha256=hashlib.sha256(tokens_BT.numpy().tobytes()).hexdigest(),
+    )

@@ -1,0 +1,188 @@
+"""`raygrow sparsify`: the folder it writes, what that folder's plan and card say, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from raygrow.cli import main
+from raygrow.evaluate.perplexity import evaluate_model
+from raygrow.evaluate.sparsify import sparsify_model
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.init import init_weights
+from raygrow.nn.rack import Rack
+from raygrow.sparsity.inputs import INPUTS
+from raygrow.sparsity.methods import METHODS, ROTATIONS
+from raygrow.sparsity.plan import PLAN_FILE, load_plan
+from raygrow.sparsity.sparsify import SparsifyConfig
+from raygrow.weights.folder import load_model, open_folder, write_folder
+
+TOKENS = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(0))
+SMALL = {"sequences": 4, "seq_len": 24, "evaluate_sequences": 6, "split": "ratio", "device": "cpu"}
+
+
+def made(folder: Path, out: Path, data: Path, **settings):
+    return sparsify_model(folder, out, data, SparsifyConfig(**{**SMALL, **settings}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_folder_holds_the_same_model_and_the_losses_that_its_card_tells(
+    method, model_folder: Path, model: Rack, data: Path, tmp_path: Path
+):
+    sparsified = made(model_folder, tmp_path / "out", data, method=method, sparsity=(0.3, 0.5))
+    torch.testing.assert_close(load_model(tmp_path / "out")(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
+    assert open_folder(tmp_path / "out").config.rotation == ROTATIONS[method]
+    card = (tmp_path / "out/README.md").read_text()
+    dense, *levels = sparsified.rows
+    for row in levels:
+        assert row.nominal == pytest.approx(row.sparsity, abs=0.02)
+        assert f"| {row.sparsity:g} | {row.nominal:.1%} | {row.skipped:.1%} " in card
+        for policy in ("all", "decode"):
+            record = evaluate_model(
+                tmp_path / "out",
+                data,
+                sequences=6,
+                seq_len=24,
+                sparsity=row.sparsity,
+                policy=policy,
+                device="cpu",
+            )
+            assert record.loss == pytest.approx(row.losses[policy], rel=1e-5)
+            assert record.tokens == 6 * (24 if policy == "all" else 12)
+            assert f"{row.perplexity(policy):.4f} ({row.rise(dense, policy):+.2%})" in card
+    assert levels[1].losses["all"] != pytest.approx(dense.losses["all"], rel=1e-4)
+    assert (levels[0].skipped < levels[0].nominal) == (ROTATIONS[method] == "block")
+
+
+@torch.no_grad()
+def test_a_hugging_face_model_with_one_basis_stays_one_and_is_untied(
+    config: ModelConfig, tokenizer, data: Path, tmp_path: Path
+):
+    llama = replace(config, qk_norm=False, n_experts=0, top_k=0, d_expert=0, dense_blocks=(), tie_embeddings=True)
+    rack = Rack(llama)
+    init_weights(rack, llama, seed=1)
+    tokenizer.save(tmp_path / "tokenizer")
+    write_folder(tmp_path / "hf", llama, rack.named_parameters(), format="hf", tokenizer_from=tmp_path / "tokenizer")
+    made(tmp_path / "hf", tmp_path / "out", data, sparsity=0.4)
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    assert settings["model_type"] == "llama"
+    assert settings["tie_word_embeddings"] is False
+    torch.testing.assert_close(load_model(tmp_path / "out")(TOKENS), rack(TOKENS), rtol=1e-4, atol=1e-4)
+    assert load_plan(tmp_path / "out", llama).rotation == "global"
+    with pytest.raises(ValueError, match=r"is rotated already \(rotation=global\)"):
+        made(tmp_path / "out", tmp_path / "again", data)
+    made(tmp_path / "hf", tmp_path / "larosa", data, sparsity=0.4, method="larosa")
+    assert open_folder(tmp_path / "larosa").format == "raygrow"
+
+
+def test_an_export_takes_the_plan_along(config: ModelConfig, tokenizer, data: Path, tmp_path: Path):
+    mixture = replace(config, n_stacks=1, blocks_per_stack=2, dense_blocks=())
+    rack = Rack(mixture)
+    init_weights(rack, mixture, seed=1)
+    tokenizer.save(tmp_path / "tokenizer")
+    write_folder(tmp_path / "own", mixture, rack.named_parameters(), tokenizer_from=tmp_path / "tokenizer")
+    made(tmp_path / "own", tmp_path / "sparse", data, sparsity=0.4)
+    assert main(["export", str(tmp_path / "sparse"), str(tmp_path / "hf")]) == 0
+    settings = {"sequences": 6, "seq_len": 24, "sparsity": 0.4, "device": "cpu"}
+    losses = [evaluate_model(tmp_path / name, data, **settings).loss for name in ("sparse", "hf")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sparsity=1"], "sparsity=1: must be at least 0 and below 1"),
+        (["sparsity=[0.4,-0.1]"], "sparsity=-0.1: must be at least 0 and below 1"),
+        (["sparsity=[]"], "name at least one"),
+        (["sparsity=0.99"], "sparsity=0.99: more than can be dropped"),
+        (["sparsity=much"], "sparsity='much'"),
+        (["method=magic"], "method='magic'"),
+        (["sequences=1000"], "calibration needs 1000 sequences of 48 tokens, the train split holds"),
+        (["sequences=1", "seq_len=8"], "fewer tokens than d_model=32"),
+        (["seq_len=49"], "seq_len=49: this model takes 2 to 48 tokens"),
+        (["data=nowhere"], "no prepared data here"),
+        (["colour=red"], "colour"),
+        (["sparsity"], "cannot be read as key=value"),
+    ],
+)
+def test_what_cannot_be_made_is_named_and_nothing_is_written(
+    words, message, model_folder: Path, data: Path, tmp_path: Path, capsys
+):
+    given = [f"data={data}", *words] if not any(word.startswith("data=") for word in words) else words
+    before = sorted(tmp_path.iterdir())
+    assert main(["sparsify", str(model_folder), str(tmp_path / "out"), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_data_has_to_be_named(model_folder: Path, tmp_path: Path, capsys):
+    assert main(["sparsify", str(model_folder), str(tmp_path / "out"), "sparsity=0.4"]) == 2
+    assert "data is missing: name a folder of prepared data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"norm": "layernorm"}, "only rmsnorm is the same in every basis, not layernorm"),
+        ({"rotation": "block"}, r"is rotated already (rotation=block)"),
+        ({"attention_mode": "bidirectional"}, "attention_mode=bidirectional: only a model that generates text"),
+    ],
+)
+def test_a_model_that_cannot_be_made_sparse_is_named(
+    fields, message, config: ModelConfig, tokenizer, data: Path, tmp_path: Path, capsys
+):
+    tokenizer.save(tmp_path / "tokenizer")
+    other = replace(config, **fields)
+    write_folder(tmp_path / "m", other, Rack(other).named_parameters(), tokenizer_from=tmp_path / "tokenizer")
+    assert main(["sparsify", str(tmp_path / "m"), str(tmp_path / "out"), f"data={data}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_there_is_left_alone(model_folder: Path, data: Path, capsys):
+    before = (model_folder / "config.json").read_bytes()
+    assert main(["sparsify", str(model_folder), str(model_folder), f"data={data}"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (model_folder / "config.json").read_bytes() == before
+
+
+def damaged(change):
+    def damage(path: Path) -> None:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "is a dense model: it has no sparsity.json"),
+        (damaged(lambda content: content.update(version=9)), "version 9, this raygrow reads 1"),
+        (damaged(lambda content: content.update(method="magic")), "method='magic' is none of"),
+        (damaged(lambda content: content.pop("levels")), "cannot be read (KeyError: 'levels')"),
+        (
+            damaged(lambda content: content["levels"]["0.4"]["blocks"].pop()),
+            "about a model of 2 blocks, this one has 3",
+        ),
+        (
+            damaged(lambda content: content["levels"]["0.4"]["blocks"][1].update(o={"keep": 33})),
+            "block 1 keeps 33 entries of `o`, which has 32",
+        ),
+        (damaged(lambda content: content["levels"].update({"0.9": content["levels"].pop("0.4")})), "was made for 0.9"),
+    ],
+)
+def test_a_level_or_plan_that_is_not_there_or_damaged_is_named(
+    damage, message, model_folder: Path, data: Path, tmp_path: Path, capsys
+):
+    made(model_folder, tmp_path / "out", data, sparsity=0.4, method="topk", split="uniform")
+    plan = load_plan(tmp_path / "out", open_folder(tmp_path / "out").config)
+    assert set(plan.levels[0.4].choices) == {(block, name) for block in range(3) for name in INPUTS}
+    damage(tmp_path / "out" / PLAN_FILE)
+    words = ["evaluate", str(tmp_path / "out"), "--data", str(data), "--sparsity", "0.4", "--seq-len", "24"]
+    assert main(words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
