@@ -50,9 +50,7 @@ def test_a_compiled_block_has_the_gradients_of_the_block(kind: dict, d_model: in
     finally:
         torch.use_deterministic_algorithms(False)
     names = ["x", *(name for name, _ in block.named_parameters())]
-    wrong = {
-        name: off for name, one, other in zip(names, first, expected, strict=True) if (off := far(one, other)) > 0.2
-    }
+    offs = {name: far(one, other) for name, one, other in zip(names, first, expected, strict=True)}
     assert max(offs.values()) <= 0.2, offs  # a few tokens go to other experts: their router rounds otherwise
     if deterministic:
         again = [{n for n, a, b in zip(names, other, first, strict=True) if not torch.equal(a, b)} for other in others]
