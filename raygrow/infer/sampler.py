@@ -28,8 +28,8 @@ def likeliest(logits_RV: Tensor) -> Tensor:
         `(R,)` ids; NOT_A_NUMBER where the logits hold nan, or no finite number.
     """
     best_R, tokens_R = logits_RV.max(-1)
-    # finite, and in fewer kernels than isfinite() takes
-    return torch.where(best_R.abs() < torch.inf, tokens_R, NOT_A_NUMBER)
+    # finite, and in fewer kernels than isfinite() takes; a number given to where() would be copied, and waited for
+    return tokens_R.masked_fill(~(best_R.abs() < torch.inf), NOT_A_NUMBER)
 
 
 def choose_tokens(
