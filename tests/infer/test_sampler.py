@@ -129,3 +129,19 @@ def test_wrong_settings_are_named(wrong: dict):
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         Sampling(**wrong)
+
+
+@pytest.mark.gpu
+def test_choosing_does_not_wait_for_the_device():
+    logits = torch.randn(12, 50, generator=torch.Generator().manual_seed(0))
+    kinds = [Sampling(temperature=0.0), Sampling(), Sampling(top_p=0.8), Sampling(top_k=7, temperature=0.6)]
+    on_device = logits.cuda()
+    for samplings in ([kinds[row % 4] for row in range(12)], [kinds[0]] * 12, [kinds[1]] * 12, [kinds[3]] * 12):
+        expected = choose_tokens(logits, samplings, list(range(12)), [3] * 12)
+        sampler.choose_tokens(on_device, likeliest(on_device), samplings, list(range(12)), [3] * 12)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = sampler.choose_tokens(on_device, likeliest(on_device), samplings, list(range(12)), [3] * 12)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found.tolist() == expected
