@@ -116,7 +116,7 @@ class SparseMoe(nn.Module):
         sparse_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
         sparse_BT[:, self.rows.within(x_BTD.shape[1])] = True
         sparse_N1 = sparse_BT.flatten()[:, None]
-        x_ND = x_BTD.flatten(0, 1)
+        x_ND = x_BTD.flatten(0, 1).contiguous()
         x_SD = torch.where(sparse_N1, of_x.masked(x_ND), x_ND)[routes.tokens_S]
         hidden_SF = experts.activate(*(project(x_SD, routes.offsets_E) for project in _readers(experts)))
         hidden_SF = torch.where(sparse_N1[routes.tokens_S], of_hidden.masked(hidden_SF), hidden_SF)

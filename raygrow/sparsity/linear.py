@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from raygrow.kernels.sparse_linear import masked_linear, select, sparse_linear
 from raygrow.sparsity.methods import Selector, column_norms
 
 
@@ -27,8 +28,16 @@ class SparseRows:
 
 
 def linear_of_kept(x_RD: Tensor, selector: Selector, weight_DF: Tensor) -> Tensor:
-    """`x @ weight` over the entries that the selector keeps: the one place that knows how it is computed."""
-    return selector.masked(x_RD) @ weight_DF
+    """`x @ weight` over the entries that the selector keeps: the one place that knows how it is computed.
+
+    A row alone reads what it keeps, a few together what any of them keeps, many everything; what a row keeps does not
+    depend on those beside it.
+    """
+    if not selector.drops or not len(x_RD):
+        return x_RD @ weight_DF
+    if len(x_RD) == 1 and selector.choice.threshold is None:
+        return sparse_linear(select(x_RD, selector.choice.keep, selector.scale_D), weight_DF)
+    return masked_linear(selector.masked(x_RD), weight_DF)
 
 
 class SparseLinear(nn.Module):
@@ -58,10 +67,10 @@ class SparseLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         """`(B, T, D)` to the output of each projection."""
-        rows, selector = self.rows.within(x_BTD.shape[1]), self.selector
+        rows = self.rows.within(x_BTD.shape[1])
         pieces = (
             x_BTD[:, : rows.start] @ self.weight_DF,
-            linear_of_kept(x_BTD[:, rows], selector, self.weight_DF),
+            self._of_kept(x_BTD[:, rows]),
             x_BTD[:, rows.stop :] @ self.weight_DF,
         )
         pieces = [y_BTF for y_BTF in pieces if y_BTF.shape[1]]
@@ -69,3 +78,7 @@ class SparseLinear(nn.Module):
         if self.bias_F is not None:
             y_BTF = y_BTF + self.bias_F
         return y_BTF.split(self.sizes, dim=-1)
+
+    def _of_kept(self, x_BTD: Tensor) -> Tensor:
+        x_RD = x_BTD.flatten(0, 1).contiguous()
+        return linear_of_kept(x_RD, self.selector, self.weight_DF).unflatten(0, x_BTD.shape[:2])

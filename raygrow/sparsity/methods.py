@@ -19,6 +19,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from raygrow.kernels.sparse_linear import above, masked
+
 Method = Literal["larosa", "topk", "wina", "teal", "rotated_wina"]
 METHODS: tuple[Method, ...] = get_args(Method)
 WEIGHTED: tuple[Method, ...] = ("wina", "rotated_wina")
@@ -55,7 +57,7 @@ class Selector:
         self.choice = Choice(size)
         """All entries, until somebody chooses."""
         self.seen: tuple[int, int] | None = None
-        """Entries kept and entries in all, counted when this is set to (0, 0)."""
+        """Entries above a threshold and entries in all, counted when this is set to (0, 0)."""
 
     @property
     def drops(self) -> bool:
@@ -63,23 +65,15 @@ class Selector:
         return self.choice.keep < self.size or self.choice.threshold is not None
 
     def masked(self, x_RD: Tensor) -> Tensor:
-        """Rows with zeros in the place of dropped entries."""
+        """Contiguous rows with zeros in the place of dropped entries."""
         if not self.drops:
             return x_RD
-        if self.choice.threshold is not None:
-            kept_RD = x_RD.abs() > self.choice.threshold
-            if self.seen is not None:
-                self.seen = self.seen[0] + int(kept_RD.sum()), self.seen[1] + kept_RD.numel()
-            return x_RD * kept_RD
-        index_RK = self.indices(x_RD)
+        if self.choice.threshold is None:
+            return masked(x_RD, self.choice.keep, self.scale_D)
+        left_RD = above(x_RD, self.choice.threshold)
         if self.seen is not None:
-            self.seen = self.seen[0] + index_RK.numel(), self.seen[1] + x_RD.numel()
-        return torch.zeros_like(x_RD).scatter_(-1, index_RK, x_RD.gather(-1, index_RK))
-
-    def indices(self, x_RD: Tensor) -> Tensor:
-        """The entries of each row that are kept, `(R, K)`, in no order; of equal scores any."""
-        scores_RD = x_RD.abs() if self.scale_D is None else x_RD.abs() * self.scale_D
-        return scores_RD.topk(self.choice.keep, dim=-1, sorted=False).indices
+            self.seen = self.seen[0] + int(left_RD.count_nonzero()), self.seen[1] + left_RD.numel()
+        return left_RD
 
 
 def column_norms(weight_DF: Tensor) -> Tensor:

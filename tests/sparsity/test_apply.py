@@ -147,3 +147,15 @@ def test_rows_do_not_depend_on_those_beside_them():
         none = block.mlp(x)
         torch.testing.assert_close(some, torch.cat([every[:, :3], none[:, 3:]], 1))
         assert not torch.allclose(every, none)
+
+
+@pytest.mark.parametrize("method", ["topk", "wina"])
+@torch.no_grad()
+def test_a_token_alone_is_what_it_is_among_others(method):
+    model = rack("biases")
+    for place, selector in install(model, method, SparseRows()).items():
+        selector.choice = Choice(input_size(model.config, *place) // 2)
+    x_BTD = torch.randn(1, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for block in model.blocks:
+        alone = torch.cat([block.mlp(x_BTD[:, t : t + 1]) for t in range(9)], dim=1)
+        torch.testing.assert_close(alone, block.mlp(x_BTD), rtol=1e-12, atol=1e-12)
