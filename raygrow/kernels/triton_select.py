@@ -46,7 +46,7 @@ def _kth_largest(key_D, keep, hint, BITS: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep"])
 def _select(
     x, scale, gain, index, value, dense, hints, keep, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
@@ -71,12 +71,12 @@ def _select(
     # what is not of the row is below all that is
     key_d = tl.where(real_d, key_d, -1)
     BITS: tl.constexpr = 15 if scale is None and x.dtype.element_ty.primitive_bitwidth == 16 else 31
-    hint = 0
-    if hints is not None:
-        hint = tl.load(hints + row)
-    smallest = _kth_largest(key_d, keep, hint, BITS)
-    if hints is not None:
-        tl.store(hints + row, smallest)
+    smallest = 0  # which all reach
+    if keep < D:
+        hint = 0 if hints is None else tl.load(hints + row)
+        smallest = _kth_largest(key_d, keep, hint, BITS)
+        if hints is not None:
+            tl.store(hints + row, smallest)
 
     larger_d = key_d > smallest
     equal_d = key_d == smallest

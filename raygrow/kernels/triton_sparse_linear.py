@@ -43,14 +43,15 @@ def _finish(y, bias, addend, out, where, features, real):
 
 
 @triton.jit
-def _sum_parts(place, S: tl.constexpr, BLOCK_S: tl.constexpr, part_stride, f, real_f):
+def _sum_parts(place, parts, part_stride, f, real_f):
     """The sum over a tile's parts, past the cache of this processor, which does not see what others write."""
-    s = tl.arange(0, BLOCK_S)
-    part_sf = tl.load(
-        place + s[:, None] * part_stride + f[None, :],
-        mask=(s < S)[:, None] & real_f[None, :], other=0.0, cache_modifier=".cg",
-    )  # fmt: skip
-    return tl.sum(part_sf, 0)
+    s = tl.arange(0, 16)
+    sum_sf = tl.zeros([16, f.shape[0]], tl.float32)
+    for first in range(0, parts, 16):
+        real_sf = (first + s < parts)[:, None] & real_f[None, :]
+        where_sf = place + (first + s)[:, None] * part_stride + f[None, :]
+        sum_sf += tl.load(where_sf, mask=real_sf, other=0.0, cache_modifier=".cg")
+    return tl.sum(sum_sf, 0)
 
 
 @triton.jit
@@ -58,29 +59,29 @@ def _gated(gate_f, up_f):
     return gate_f / (1.0 + tl.exp(-gate_f)) * up_f
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep"])
 def _row_products(
-    index, value, weight, expert, bias, addend, out, partial, tickets, keep,
-    D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, SKIP_ZEROS: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, S: tl.constexpr, BLOCK_S: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    index, value, weight, expert, bias, addend, out, partial, tickets, keep, size,
+    F: tl.constexpr, GATED: tl.constexpr, SKIP_ZEROS: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row with its rows of the weight: those of a list, or without a list all, or all whose value is not zero."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     tile, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    parts = tl.num_programs(1)
     WIDTH: tl.constexpr = 2 * F if GATED else F
     f, k = tile * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
     real_f = f < F
     if expert is not None:
-        weight += tl.load(expert + row).to(tl.int64) * D * WIDTH
+        weight += tl.load(expert + row).to(tl.int64) * size * WIDTH
 
     # summed over chunks entry by entry, over the entries of a chunk only once, at the end
     sum_kf = tl.zeros([BLOCK_K, BLOCK_F], tl.float32)
     if GATED:
         up_sum_kf = tl.zeros([BLOCK_K, BLOCK_F], tl.float32)
-    for start in tl.range(part * BLOCK_K, keep, S * BLOCK_K, num_stages=STAGES):
+    for start in tl.range(part * BLOCK_K, keep, parts * BLOCK_K, num_stages=STAGES):
         real_k = start + k < keep
         value_k = tl.load(value + row * keep + start + k, mask=real_k, other=0.0)
         index_k = start + k if index is None else tl.load(index + row * keep + start + k, mask=real_k, other=0)
@@ -97,36 +98,36 @@ def _row_products(
     y_f = tl.sum(sum_kf, 0)
     if GATED:
         up_f = tl.sum(up_sum_kf, 0)
-    if S == 1:
+    if not SPLIT:
         if GATED:
             y_f = _gated(y_f, up_f)
         _finish(y_f, bias, addend, out, row * F + f, f, real_f)
     else:
-        place = partial + row * S * WIDTH
+        place = partial + row * parts * WIDTH
         tl.store(place + part * WIDTH + f, y_f, mask=real_f)
         if GATED:
             tl.store(place + part * WIDTH + F + f, up_f, mask=real_f)
         tl.debug_barrier()
         ticket = tickets + row * tl.num_programs(0) + tile
-        if tl.atomic_add(ticket, 1, sem="acq_rel") == S - 1:
-            y_f = _sum_parts(place, S, BLOCK_S, WIDTH, f, real_f)
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
+            y_f = _sum_parts(place, parts, WIDTH, f, real_f)
             if GATED:
-                y_f = _gated(y_f, _sum_parts(place + F, S, BLOCK_S, WIDTH, f, real_f))
+                y_f = _gated(y_f, _sum_parts(place + F, parts, WIDTH, f, real_f))
             _finish(y_f, bias, addend, out, row * F + f, f, real_f)
             tl.store(ticket, 0)  # for the next launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _union_products(
-    x, weight, bias, addend, out, partial, tickets, rows,
-    D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    x, weight, bias, addend, out, partial, tickets, rows, size,
+    F: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows at once, by tensor cores, with the rows of the weight that any of them needs."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    tile, part = tl.program_id(0), tl.program_id(1)
+    tile, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     WIDTH: tl.constexpr = 2 * F if GATED else F
     r, f, k = tl.arange(0, BLOCK_R), tile * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
     real_r, real_f = r < rows, f < F
@@ -134,10 +135,10 @@ def _union_products(
     sum_rf = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
     if GATED:
         up_sum_rf = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
-    for start in tl.range(part * BLOCK_K, D, S * BLOCK_K, num_stages=STAGES):
+    for start in tl.range(part * BLOCK_K, size, parts * BLOCK_K, num_stages=STAGES):
         index_k = start + k
-        real_k = index_k < D
-        x_rk = tl.load(x + r[:, None] * D + index_k[None, :], mask=real_r[:, None] & real_k[None, :], other=0.0)
+        real_k = index_k < size
+        x_rk = tl.load(x + r[:, None] * size + index_k[None, :], mask=real_r[:, None] & real_k[None, :], other=0.0)
         needed_k = tl.max((x_rk != 0.0).to(tl.int32), 0) > 0
         where_kf = weight + index_k.to(tl.int64)[:, None] * WIDTH + f[None, :]
         real_kf = needed_k[:, None] & real_f[None, :]
@@ -149,20 +150,20 @@ def _union_products(
 
     features_rf = f[None, :] + tl.zeros_like(r)[:, None]
     out_rf = r[:, None] * F + features_rf
-    if S == 1:
+    if not SPLIT:
         if GATED:
             sum_rf = _gated(sum_rf, up_sum_rf)
         _finish(sum_rf, bias, addend, out, out_rf, features_rf, real_rf)
     else:
-        place_rf = partial + r[:, None] * S * WIDTH + features_rf
+        place_rf = partial + r[:, None] * parts * WIDTH + features_rf
         tl.store(place_rf + part * WIDTH, sum_rf, mask=real_rf)
         if GATED:
             tl.store(place_rf + part * WIDTH + F, up_sum_rf, mask=real_rf)
         tl.debug_barrier()
-        if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == S - 1:
+        if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == parts - 1:
             sum_rf = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
             up_sum_rf = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
-            for s in range(S):
+            for s in range(parts):
                 sum_rf += tl.load(place_rf + s * WIDTH, mask=real_rf, other=0.0, cache_modifier=".cg")
                 if GATED:
                     up_sum_rf += tl.load(place_rf + s * WIDTH + F, mask=real_rf, other=0.0, cache_modifier=".cg")
@@ -212,10 +213,10 @@ def sparse_linear_triton(
     tiles = triton.cdiv(features, cut.columns)
     partial, tickets = _workspace(weight, rows * cut.parts * weight.shape[-1], rows * tiles)
     _row_products[(tiles, cut.parts, rows)](
-        index_RK, value_RK, weight, expert_R, bias_F, addend_RF, out_RF, partial, tickets, keep,
-        D=weight.shape[-2], F=features, GATED=gated, SKIP_ZEROS=skip_zeros,
-        BLOCK_F=cut.columns, BLOCK_K=cut.chunk, S=cut.parts, BLOCK_S=triton.next_power_of_2(cut.parts),
-        STAGES=cut.stages, PDL=pdl, num_warps=cut.warps, **overlapping(pdl),
+        index_RK, value_RK, weight, expert_R, bias_F, addend_RF, out_RF, partial, tickets,
+        keep, weight.shape[-2], F=features, GATED=gated, SKIP_ZEROS=skip_zeros,
+        BLOCK_F=cut.columns, BLOCK_K=cut.chunk, SPLIT=cut.parts > 1, STAGES=cut.stages, PDL=pdl,
+        num_warps=cut.warps, **overlapping(pdl),
     )  # fmt: skip
     return out_RF
 
@@ -244,9 +245,9 @@ def masked_linear_triton(
     tiles = triton.cdiv(features, cut.columns)
     partial, tickets = _workspace(weight_DF, rows * cut.parts * weight_DF.shape[1], tiles)
     _union_products[(tiles, cut.parts)](
-        x_RD, weight_DF, bias_F, addend_RF, out_RF, partial, tickets, rows,
-        D=size, F=features, GATED=gated, BLOCK_R=16,
-        BLOCK_F=cut.columns, BLOCK_K=cut.chunk, S=cut.parts, STAGES=cut.stages, PDL=pdl,
+        x_RD, weight_DF, bias_F, addend_RF, out_RF, partial, tickets, rows, size,
+        F=features, GATED=gated, BLOCK_R=16,
+        BLOCK_F=cut.columns, BLOCK_K=cut.chunk, SPLIT=cut.parts > 1, STAGES=cut.stages, PDL=pdl,
         num_warps=cut.warps, **overlapping(pdl),
     )  # fmt: skip
     return out_RF
@@ -260,16 +261,16 @@ def _check_contiguous(*tensors: Tensor | None) -> None:
 def row_tiling(keep: int, features: int, rows: int, *, gated: bool, device: torch.device) -> Tiling:
     """The tiling of a product of rows, each with its own rows of the weight."""
     columns = min(128 if gated else 256, max(triton.next_power_of_2(features), 16))
-    return _shared(Tiling(columns, 16, 1, 4, 1), keep, features, rows, per_processor=4, device=device)
+    return spread(Tiling(columns, 16, 1, 4, 1), keep, features, rows, per_processor=4, device=device)
 
 
 def union_tiling(size: int, features: int, *, gated: bool, device: torch.device) -> Tiling:
     """The tiling of a product of rows that share what they read."""
     columns = min(64 if gated else 128, max(triton.next_power_of_2(features), 16))
-    return _shared(Tiling(columns, 64, 1, 4, 3), size, features, 1, per_processor=3, device=device)
+    return spread(Tiling(columns, 64, 1, 4, 3), size, features, 1, per_processor=3, device=device)
 
 
-def _shared(cut: Tiling, keep: int, features: int, rows: int, *, per_processor: int, device: torch.device) -> Tiling:
+def spread(cut: Tiling, keep: int, features: int, rows: int, *, per_processor: int, device: torch.device) -> Tiling:
     """The tiling with as many parts as make one wave of programs, the chunks evenly spread over them."""
     tiles = triton.cdiv(features, cut.columns) * rows
     chunks = triton.cdiv(keep, cut.chunk)
