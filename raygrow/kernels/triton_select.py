@@ -7,6 +7,8 @@ sum gives all entries that stay their places, and as many of those that equal th
 Shapes: R rows, D entries, K kept.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -171,6 +173,7 @@ def _launch(
     )  # fmt: skip
 
 
+@cache
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel can be launched before the one it depends on has ended (from Hopper on)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
