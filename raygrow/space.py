@@ -49,8 +49,8 @@ class SpaceConfig:
     """
 
     search: Literal["grid", "optuna"] = "grid"
-    samples: PositiveInt = 20
-    """Trials that Optuna chooses, besides the control and the formula's."""
+    samples: NonNegativeInt = 20
+    """Trials that Optuna chooses; 0 leaves the control and the formula's alone."""
     space: dict[str, Any]
     """Dotted key of the run -> `{grid: [...]}`, `{choice: [...]}`, `{uniform: [low, high]}`, `{loguniform: ...}` or
     `{quniform: [low, high, step]}`."""
