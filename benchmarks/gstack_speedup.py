@@ -1,7 +1,7 @@
 """How much compute does stacking save? 12 blocks of d 512 on Python source, grown by Gstack and from scratch.
 
     python benchmarks/gstack_speedup.py search                 tunes both arms at 60M tokens' worth of FLOPs
-    python benchmarks/gstack_speedup.py final                  three seeds at 150M and 300M, with what it has found
+    python benchmarks/gstack_speedup.py final                  three seeds at 200M and 300M, with what it has found
     python benchmarks/gstack_speedup.py growth                 one of the searches
     python benchmarks/gstack_speedup.py search final --smoke   tiny, also on a CPU: does it all work?
 
