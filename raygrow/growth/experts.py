@@ -136,7 +136,8 @@ class Experts:
         # what is added last has to make up for it alone; the matrices do so together
         if (module, kind) == ("down", "bias"):
             return missing
-        return missing ** (1 / 3 if config.mlp == "swiglu" else 1 / 2)
+        # what three matrices, or two of which one's output is squared, make together grows by the third power
+        return missing ** (1 / 3 if config.gated or config.mlp == "relu2" else 1 / 2)
 
     def _redraw(self, name: str, expert: int) -> Redraw | None:
         module, kind = name.split(".")[-2:]

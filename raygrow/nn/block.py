@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from raygrow.nn.attention import Attend, Attention
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.linear import linear
-from raygrow.nn.mlp import mlp
+from raygrow.nn.mlp import Activity, mlp, watched
 from raygrow.nn.moe import Balance, Moe
 from raygrow.nn.norm import norm
 
@@ -29,9 +29,17 @@ class Block(nn.Module):
         self.mlp = Moe(config) if config.has_experts(index) else mlp(config)
         self.adapter = linear(config.d_model, config.d_model) if config.has_adapter(index) else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Balance | None]:
-        """`(B, T, D)` in and out, and with experts how evenly they were used."""
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend
+    ) -> tuple[Tensor, Balance | None, Activity | None]:
+        """`(B, T, D)` in and out; with experts how evenly they were used; of a kind of MLP that has zeros, where
+        gradients are wanted, what hidden units did for each sequence, summed over its tokens.
+        """
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, attend)
-        out = self.mlp(self.mlp_norm(x_BTD))
-        out_BTD, balance = out if isinstance(self.mlp, Moe) else (out, None)
-        return self.adapter(x_BTD) + out_BTD, balance
+        balance, read_BTD = None, self.mlp_norm(x_BTD)
+        if isinstance(self.mlp, Moe):
+            out_BTD, balance, activity = self.mlp(read_BTD)
+        else:
+            out_BTD, activity = watched(self.mlp, read_BTD)
+            activity = activity and Activity(*(part_BT.sum(1) for part_BT in activity))
+        return self.adapter(x_BTD) + out_BTD, balance, activity

@@ -26,7 +26,8 @@ class ModelConfig:
     n_stacks: int = 1
     blocks_per_stack: int
     max_seq_len: int = 2048
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp: Literal["swiglu", "gelu", "reglu", "relu", "relu2"] = "swiglu"
+    """Of the hidden units of a `reglu` (gated), `relu` or `relu2` (squared), many are exactly zero."""
     n_experts: int = 0
     """Experts of a mixture-of-experts MLP; 0 is a dense model."""
     top_k: int = 0
@@ -111,6 +112,16 @@ class ModelConfig:
     def n_blocks(self) -> int:
         """Blocks in the whole Rack."""
         return self.n_stacks * self.blocks_per_stack
+
+    @property
+    def gated(self) -> bool:
+        """Whether an MLP's hidden units are the product of two projections."""
+        return self.mlp in ("swiglu", "reglu")
+
+    @property
+    def rectified(self) -> bool:
+        """Whether hidden units of an MLP can be exactly zero."""
+        return self.mlp in ("reglu", "relu", "relu2")
 
     def has_experts(self, block: int) -> bool:
         """Whether the MLP of a Block is a mixture of experts."""

@@ -128,7 +128,7 @@ def _adapter(config: ModelConfig, block: int) -> int:
 
 
 def _mlp_matrices(config: ModelConfig) -> int:
-    return 3 if config.mlp == "swiglu" else 2
+    return 3 if config.gated else 2
 
 
 def _mlp_parameters(config: ModelConfig, d_hidden: int) -> int:
@@ -146,7 +146,7 @@ def _kept_values(config: ModelConfig, block: int) -> int:
     """Values of a token that a Block keeps for its backward pass."""
     c = config
     queries, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    hidden = 3 if c.mlp == "swiglu" else 2
+    hidden = 3 if c.gated else 2
     # each of a token's experts has its own copy of the token's row, and of its output's
     copies = 2 * c.top_k * c.d_model if c.has_experts(block) else 0
     return (4 + c.has_adapter(block)) * c.d_model + 2 * queries + 4 * keys + copies + hidden * _active_hidden(c, block)

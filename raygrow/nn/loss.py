@@ -25,20 +25,30 @@ class Loss(NamedTuple):
 
     nats: Tensor
     """Cross entropy, a scalar in fp32 at least."""
-    balance: Tensor | None
+    balance: Tensor | None = None
     """Load-balancing loss of all Blocks with experts together, a scalar; None for a dense model."""
-    load_LE: Tensor | None
+    load_LE: Tensor | None = None
     """Slots that each expert got; None for a dense model."""
+    activation: Tensor | None = None
+    """Mean absolute value of a hidden unit (mean over units and Blocks), a scalar; None where units are not exactly
+    zero, or no gradient is wanted."""
+    active: Tensor | None = None
+    """Share of hidden units that are not zero, likewise."""
 
     def detach(self) -> "Loss":
         """The same values without their gradients."""
         return Loss._make(None if part is None else part.detach() for part in self)
 
-    def objective(self, load_balancing: float) -> Tensor:
-        """What training minimises: the cross entropy and, so weighted, the Blocks' mean load-balancing loss."""
-        if self.balance is None or self.load_LE is None:
-            return self.nats
-        return self.nats + load_balancing / len(self.load_LE) * self.balance
+    def objective(self, load_balancing: float, activation_l1: float = 0.0) -> Tensor:
+        """What training minimises: the cross entropy and, so weighted, the Blocks' mean load-balancing loss and the
+        hidden units' mean absolute value.
+        """
+        total = self.nats
+        if self.balance is not None and self.load_LE is not None:
+            total = total + load_balancing / len(self.load_LE) * self.balance
+        if self.activation is not None and activation_l1:
+            total = total + activation_l1 * self.activation
+        return total
 
 
 def add_losses(losses: Sequence[Loss]) -> Loss:

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +13,15 @@ from raygrow.nn.linear import GroupedLinear, linear
 
 Project = Callable[[int, int], nn.Module]
 """Makes a projection from a size to a size: one MLP's, or those of all experts."""
+
+
+class Activity(NamedTuple):
+    """How much the hidden units of MLPs do: means over units, in fp32 at least."""
+
+    size: Tensor
+    """Of their absolute values."""
+    active: Tensor
+    """Of 1 for each that is not zero, 0 for others."""
 
 
 class SwigluMlp(nn.Module):
@@ -24,12 +35,24 @@ class SwigluMlp(nn.Module):
 
     def forward(self, x: Tensor, *offsets: Tensor) -> Tensor:
         """`(..., D)` in and out. The projections of experts need to know where the rows of each end (`offsets`)."""
-        return self.down(self.activate(self.gate(x, *offsets), self.up(x, *offsets)), *offsets)
+        return self.down(self.hidden(x, *offsets), *offsets)
+
+    def hidden(self, x: Tensor, *offsets: Tensor) -> Tensor:
+        """What `down` reads, `(..., F)`."""
+        return self.activate(self.gate(x, *offsets), self.up(x, *offsets))
 
     @staticmethod
     def activate(gate: Tensor, up: Tensor) -> Tensor:
-        """What `down` reads."""
+        """What `down` reads, of what the other projections give."""
         return F.silu(gate) * up
+
+
+class RegluMlp(SwigluMlp):
+    """`down(relu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+
+    @staticmethod
+    def activate(gate: Tensor, up: Tensor) -> Tensor:
+        return F.relu(gate) * up
 
 
 class GeluMlp(nn.Module):
@@ -42,7 +65,11 @@ class GeluMlp(nn.Module):
 
     def forward(self, x: Tensor, *offsets: Tensor) -> Tensor:
         """As `SwigluMlp.forward`."""
-        return self.down(self.activate(self.up(x, *offsets)), *offsets)
+        return self.down(self.hidden(x, *offsets), *offsets)
+
+    def hidden(self, x: Tensor, *offsets: Tensor) -> Tensor:
+        """As `SwigluMlp.hidden`."""
+        return self.activate(self.up(x, *offsets))
 
     @staticmethod
     def activate(up: Tensor) -> Tensor:
@@ -50,7 +77,25 @@ class GeluMlp(nn.Module):
         return F.gelu(up, approximate="tanh")
 
 
-KINDS = {"swiglu": SwigluMlp, "gelu": GeluMlp}
+class ReluMlp(GeluMlp):
+    """`down(relu(up(x)))`, the MLP of the first transformers."""
+
+    @staticmethod
+    def activate(up: Tensor) -> Tensor:
+        return F.relu(up)
+
+
+class Relu2Mlp(GeluMlp):
+    """`down(relu(up(x))^2)` (Primer, arXiv 2109.08668)."""
+
+    @staticmethod
+    def activate(up: Tensor) -> Tensor:
+        return F.relu(up).square()
+
+
+KINDS = {"swiglu": SwigluMlp, "gelu": GeluMlp, "reglu": RegluMlp, "relu": ReluMlp, "relu2": Relu2Mlp}
+RECTIFIED = RegluMlp, ReluMlp, Relu2Mlp
+"""Kinds whose hidden units can be exactly zero (`ModelConfig.rectified`)."""
 
 
 def mlp(config: ModelConfig) -> nn.Module:
@@ -62,3 +107,16 @@ def experts(config: ModelConfig) -> nn.Module:
     """The same MLP `n_experts` times over, called with rows sorted by expert and where the rows of each end."""
     project = partial(GroupedLinear, config.n_experts, bias=config.mlp_bias)
     return KINDS[config.mlp](config.d_model, config.d_expert, project)
+
+
+def watched(mlp: nn.Module, x: Tensor, *offsets: Tensor) -> tuple[Tensor, Activity | None]:
+    """What an MLP makes of rows, and the Activity of each: of kinds that have zeros, and where gradients are wanted.
+
+    Elsewhere nobody would ask for it, and it costs a pass over the hidden units.
+    """
+    if not isinstance(mlp, RECTIFIED) or not torch.is_grad_enabled():
+        return mlp(x, *offsets), None
+    hidden = mlp.hidden(x, *offsets)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    activity = Activity(hidden.abs().mean(-1, dtype=wide), (hidden != 0).to(wide).mean(-1))
+    return mlp.down(hidden, *offsets), activity

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.linear import linear
-from raygrow.nn.mlp import experts
+from raygrow.nn.mlp import Activity, experts, watched
 
 
 class Balance(NamedTuple):
@@ -40,19 +40,25 @@ class Moe(nn.Module):
         self.router = linear(config.d_model, config.n_experts)
         self.experts = experts(config)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Balance]:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Balance, Activity | None]:
+        """`(B, T, D)` in and out, how evenly the experts were used, and what their hidden units did for each sequence:
+        sums over its tokens of means over their experts.
+        """
         routes = self.route(x_BTD)
         x_SD = _Dispatch.apply(x_BTD.flatten(0, 1), routes.tokens_S, routes.slots_NK)
-        y_ND = routes.combine(self.experts(x_SD, routes.offsets_E))
-        return y_ND.to(x_BTD.dtype).view_as(x_BTD), routes.balance
+        y_SD, activity = watched(self.experts, x_SD, routes.offsets_E)
+        y_BTD = routes.combine(y_SD).to(x_BTD.dtype).view_as(x_BTD)
+        if activity is None:
+            return y_BTD, routes.balance, None
+        # a product with each slot's one-hot sequence, not a gather: nothing indexed in the backward pass either
+        sequences_B = torch.arange(len(x_BTD), device=x_BTD.device)
+        of_sequence_SB = routes.tokens_S[:, None] // x_BTD.shape[1] == sequences_B
+        sums = ((of_sequence_SB * part_S[:, None]).sum(0) / self.top_k for part_S in activity)
+        return y_BTD, routes.balance, Activity(*sums)
 
     def route(self, x_BTD: Tensor) -> "Routes":
         """Where each token goes."""
-        logits_BTE = self.router(x_BTD)
-        p_BTE = logits_BTE.softmax(-1, dtype=torch.promote_types(logits_BTE.dtype, torch.float32))
-        weights_BTK, experts_BTK = p_BTE.topk(self.top_k, dim=-1)
-        if self.norm_topk_prob:
-            weights_BTK = weights_BTK / weights_BTK.sum(-1, keepdim=True)
+        p_BTE, weights_BTK, experts_BTK = self.choose(x_BTD)
         load_BE = (experts_BTK[..., None] == torch.arange(p_BTE.shape[-1], device=p_BTE.device)).sum((1, 2))
 
         order_S, slots_NK = sorted_slots(experts_BTK.flatten(0, 1))
@@ -64,6 +70,15 @@ class Moe(nn.Module):
             slots_NK=slots_NK,
             balance=Balance(balance_loss(p_BTE, load_BE), load_BE),
         )
+
+    def choose(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities of all experts `(B, T, E)`, and of each token's own the weights and numbers `(B, T, K)`."""
+        logits_BTE = self.router(x_BTD)
+        p_BTE = logits_BTE.softmax(-1, dtype=torch.promote_types(logits_BTE.dtype, torch.float32))
+        weights_BTK, experts_BTK = p_BTE.topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights_BTK = weights_BTK / weights_BTK.sum(-1, keepdim=True)
+        return p_BTE, weights_BTK, experts_BTK
 
 
 class Routes(NamedTuple):

@@ -14,6 +14,7 @@ from raygrow.nn.block import Block
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.linear import linear
 from raygrow.nn.loss import Loss, linear_cross_entropy
+from raygrow.nn.mlp import Activity
 from raygrow.nn.moe import Balance
 from raygrow.nn.norm import norm
 from raygrow.nn.rope import rope_angles
@@ -73,10 +74,12 @@ class Rack(nn.Module):
         attends = attends or [self.attend] * self.config.n_blocks
         x_BTD = self.embedding(tokens_BT)
         balances: list[Balance] = []
+        activities: list[Activity] = []
         first = 0
         for stack in self.stacks:
-            x_BTD, found = stack(x_BTD, rope, attends[first : first + len(stack.blocks)])
-            balances += found
+            x_BTD, of_experts, of_units = stack(x_BTD, rope, attends[first : first + len(stack.blocks)])
+            balances += of_experts
+            activities += of_units
             first += len(stack.blocks)
         if rows is not None:
             x_BTD = x_BTD[:, rows]
@@ -86,12 +89,21 @@ class Rack(nn.Module):
         if targets_BT is None:
             return nn.functional.linear(x_BTD, self.head_weight)
         nats = linear_cross_entropy(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten())
-        if not balances:
-            return Loss(nats, None, None)
-        losses_BL, loads_BLE = (torch.stack(parts, dim=1) for parts in zip(*balances, strict=True))
-        # sequences that only fill up a batch have no targets, and must not move the experts either
+        loss = Loss(nats)
+        # sequences that only fill up a batch have no targets, and must not move experts or hidden units either
         counted_B1 = (targets_BT != IGNORE).any(1, keepdim=True)
-        return Loss(nats, (counted_B1 * losses_BL).sum(), (counted_B1[..., None] * loads_BLE).sum(0))
+        if balances:
+            losses_BL, loads_BLE = (torch.stack(parts, dim=1) for parts in zip(*balances, strict=True))
+            loss = loss._replace(
+                balance=(counted_B1 * losses_BL).sum(), load_LE=(counted_B1[..., None] * loads_BLE).sum(0)
+            )
+        if activities:
+            sizes_BL, active_BL = (torch.stack(parts, dim=1) for parts in zip(*activities, strict=True))
+            loss = loss._replace(
+                activation=(counted_B1 * sizes_BL).sum() / len(activities),
+                active=(counted_B1 * active_BL).sum() / len(activities),
+            )
+        return loss
 
     def fsdp_units(self) -> list[nn.Module]:
         """The modules to shard one by one, in the order they run: every Block, then the Rack with what is left."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from raygrow.nn.attention import Attend
+from raygrow.nn.mlp import Activity
 from raygrow.nn.moe import Balance
 
 
@@ -17,11 +18,13 @@ class Stack(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attends: Sequence[Attend]
-    ) -> tuple[Tensor, list[Balance]]:
-        """`(B, T, D)` in and out, and the Balance of each Block that has experts."""
-        balances = []
+    ) -> tuple[Tensor, list[Balance], list[Activity]]:
+        """`(B, T, D)` in and out, the Balance of each Block that has experts and the Activity of each that tells it."""
+        balances, activities = [], []
         for block, attend in zip(self.blocks, attends, strict=True):
-            x_BTD, balance = block(x_BTD, rope, attend)
+            x_BTD, balance, activity = block(x_BTD, rope, attend)
             if balance is not None:
                 balances.append(balance)
-        return x_BTD, balances
+            if activity is not None:
+                activities.append(activity)
+        return x_BTD, balances, activities

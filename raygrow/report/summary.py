@@ -40,6 +40,8 @@ class Summary:
     settings: Table
     commands: list[str] = field(default_factory=list)
     """What to do next, to copy into a shell."""
+    next: str = "Train the best plan"
+    """What these commands do."""
 
 
 def summarize(runs: list[Run]) -> Summary:
@@ -195,6 +197,7 @@ def phases_table(runs: list[Run]) -> Table:
 METRIC_NOTES = {
     "memory_bytes": "Memory is the most that one worker has held.",
     "expert_load_max": "Load is that of the most and the least used expert of any Block, 1 being an even share.",
+    "active_share": "Active is the share of hidden units that are not zero, and hidden size their mean magnitude.",
     "head_divergence": "Copies of heads are 0 apart where they are the same, about 1 where they are unrelated.",
     "expert_divergence": "Copies of experts are 0 apart where they are the same, about 1 where they are unrelated.",
 }
@@ -213,6 +216,8 @@ def metrics_table(runs: list[Run]) -> Table:
         "balance_loss": ("balance", units.number),
         "expert_load_max": ("load, most", units.significant),
         "expert_load_min": ("least", units.significant),
+        "activation_l1": ("hidden size", units.significant),
+        "active_share": ("active", units.percent),
         "head_divergence": ("heads apart", units.significant),
         "expert_divergence": ("experts apart", units.significant),
     }

@@ -40,7 +40,7 @@ def input_weights(config: ModelConfig, block: int, name: Input) -> int:
     experts, hidden = (c.top_k, c.d_expert) if c.has_experts(block) else (1, c.d_ff)
     if name == "down":
         return experts * size * c.d_model
-    return experts * size * hidden * (2 if c.mlp == "swiglu" else 1)
+    return experts * size * hidden * (2 if c.gated else 1)
 
 
 def adapter_share(config: ModelConfig) -> float:

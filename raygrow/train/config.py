@@ -61,6 +61,9 @@ class TrainConfig:
     """Bit-exact resume on CUDA too, at some cost in speed."""
     load_balancing: NonNegativeFloat = 0.01
     """Weight of the load-balancing loss of a model with experts (their mean over its Blocks)."""
+    activation_l1: NonNegativeFloat = 0.0
+    """Weight of the mean absolute value of hidden units (over units and Blocks), which keeps more of them at exactly
+    zero; for models whose `mlp` is `reglu`, `relu` or `relu2`."""
     report_every: PositiveInt = 10
     """Steps between two lines of history.jsonl."""
     evaluate_every: PositiveInt = 100
@@ -103,6 +106,7 @@ class PhaseConfig:
     lr: Amount | None = None
     warmup_steps: NonNegativeInt | None = None
     decay: Share | None = None
+    activation_l1: NonNegativeFloat | None = None
     frozen: tuple[str, ...] = ()
     """Parameters that do not train, as shell patterns over their names (`blocks.0.*`)."""
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None

@@ -28,7 +28,7 @@ from raygrow.train.probes import divergences, still_together
 from raygrow.train.schedule import learning_rate
 from raygrow.train.session import Session
 from raygrow.train.start import start_from_source
-from raygrow.train.step import expert_figures, train_step
+from raygrow.train.step import figures, loss_of_sums, train_step
 from raygrow.train.worker import Worker, set_determinism
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,7 @@ class _PhaseRun:
                 workers=self.worker.count,
                 clip=self.config.optimizer.clip,
                 load_balancing=self.config.load_balancing,
+                activation_l1=phase.activation_l1,
             )
             window.losses.append(loss)
             self.progress.step = step + 1
@@ -199,20 +200,19 @@ class _PhaseRun:
         steps = self.progress.step - window.first_step
         tokens = steps * self.phase.step_tokens
         own = add_losses(window.losses)
-        stop, written, nats, *of_experts = self.worker.sum(
+        stop, written, *sums = self.worker.sum(
             self.session.stop_requested(), self.saver.is_written(), *(part for part in own if part is not None)
         )
-        loss, experts = nats / tokens, {}
-        if own.load_LE is not None:
-            balance, *loads = of_experts
-            experts = expert_figures(balance, torch.tensor(loads).view(own.load_LE.shape), tokens=tokens)
+        total = loss_of_sums(own, sums)
+        loss = total.nats.item() / tokens
         seconds = time.perf_counter() - window.clock
         self.progress.seconds += seconds
         if problem := self._divergence(loss, grad_norm):
             # a checkpoint still being written is from an earlier report, when all was well
             return Outcome("failed", problem if self.saver.idle else self._commit() or problem)
         self.progress.lowest_loss = min(self.progress.lowest_loss, loss)
-        self._log(loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_second=tokens / seconds, **experts)
+        more = figures(total, tokens=tokens)
+        self._log(loss=loss, grad_norm=grad_norm, lr=lr, tokens_per_second=tokens / seconds, **more)
         if problem := self._checkpoint(written=written == self.worker.count, stop=bool(stop)):
             return Outcome("failed", problem)
         if stop and self.progress.step < self.last_step:
@@ -242,7 +242,7 @@ class _PhaseRun:
             )
         return None
 
-    def _log(self, *, loss: float, grad_norm: float, lr: float, tokens_per_second: float, **experts: float) -> None:
+    def _log(self, *, loss: float, grad_norm: float, lr: float, tokens_per_second: float, **more: float) -> None:
         """One line of history, with the evaluation's figures where one is due."""
         phase, step = self.phase, self.progress.step
         scores: dict[str, float] = {}
@@ -261,7 +261,7 @@ class _PhaseRun:
             "mfu": peak and tokens_per_second * phase.flops_per_token / peak,
             "memory_bytes": self.worker.peak_memory(),
             "seconds": self.progress.seconds,
-            **experts,
+            **more,
             **scores,
         }
         if self.worker.rank == 0:

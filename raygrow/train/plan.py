@@ -34,6 +34,7 @@ class Phase:
     micro_batch_size: int
     lr: float
     schedule: ScheduleConfig
+    activation_l1: float
     frozen: tuple[str, ...]
     workers: int | tuple[int, int] | None
     save_start: str | None
@@ -99,8 +100,8 @@ def resolve(plan: PlanConfig, target: ModelConfig, train: TrainConfig) -> tuple[
 def scratch_plan(phases: tuple[Phase, ...]) -> PlanConfig:
     """The control of a plan: its final model from scratch on the same FLOPs.
 
-    It takes the last phase's batch, peak learning rate and decay; its warmup is the run's own (`train.schedule`), since
-    a re-warmup after growth says nothing about a fresh model.
+    It takes the last phase's batch, peak learning rate, decay and weight of activations; its warmup is the run's own
+    (`train.schedule`), since a re-warmup after growth says nothing about a fresh model.
     """
     last = phases[-1]
     phase = PhaseConfig(
@@ -109,6 +110,7 @@ def scratch_plan(phases: tuple[Phase, ...]) -> PlanConfig:
         micro_batch_size=last.micro_batch_size,
         lr=last.lr,
         decay=last.schedule.decay,
+        activation_l1=last.activation_l1,
         workers=last.workers,
     )
     return PlanConfig(flops=sum(phase.flops for phase in phases), phases={"scratch": phase})
@@ -176,6 +178,7 @@ def _settle(
         micro_batch_size=train.micro_batch_size if config.micro_batch_size is None else config.micro_batch_size,
         lr=train.optimizer.lr if config.lr is None else config.lr,
         schedule=_schedule(config, train.schedule, is_last=is_last),
+        activation_l1=_activation_l1(name, config, model, train),
         frozen=config.frozen,
         workers=config.workers,
         save_start=config.save_start,
@@ -257,6 +260,19 @@ def _schedule(config: PhaseConfig, shared: ScheduleConfig, *, is_last: bool) -> 
     if config.warmup_steps is not None:
         schedule = replace(schedule, warmup_steps=config.warmup_steps)
     return schedule
+
+
+def _activation_l1(name: str, config: PhaseConfig, model: ModelConfig, train: TrainConfig) -> float:
+    """Refused where no hidden unit can be zero: the loss would rise for nothing."""
+    key, weight = f"plan.phases.{name}.activation_l1", config.activation_l1
+    if weight is None:
+        key, weight = "train.activation_l1", train.activation_l1
+    if weight and not model.rectified:
+        raise ValueError(
+            f"{key}={weight:g}: hidden units of mlp={model.mlp} are never exactly zero; choose mlp=reglu, relu or "
+            "relu2, or leave it at 0"
+        )
+    return weight
 
 
 def _check_saves(plan: PlanConfig) -> None:

@@ -127,7 +127,8 @@ def _without_grouping(model: ModelConfig) -> dict[str, Any]:
 
 
 def _shared_settings(config: TrainConfig) -> dict[str, Any]:
-    settings = asdict(replace(config, optimizer=replace(config.optimizer, lr=1.0)))  # phases have their own
+    # phases have their own
+    settings = asdict(replace(config, optimizer=replace(config.optimizer, lr=1.0), activation_l1=0.0))
     for name in ("schedule", "batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints"):
         del settings[name]
     return settings

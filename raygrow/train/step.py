@@ -3,6 +3,8 @@
 Shapes: B sequences, T tokens, L Blocks with experts, E experts.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -22,6 +24,7 @@ def train_step(
     workers: int,
     clip: float,
     load_balancing: float,
+    activation_l1: float,
 ) -> tuple[Loss, Tensor]:
     """Trains on this worker's part of a global batch.
 
@@ -37,6 +40,7 @@ def train_step(
         workers: Number of workers.
         clip: Largest gradient norm.
         load_balancing: Weight of the load-balancing loss of a model with experts.
+        activation_l1: Weight of the hidden units' mean absolute value.
 
     Returns:
         The sums of the losses of this worker's tokens, and the gradient norm before clipping; on the device, not yet
@@ -49,12 +53,33 @@ def train_step(
         model.set_requires_gradient_sync(index == len(micro_batches) - 1)
         loss = model(tokens_BT, targets_BT)
         # FSDP averages gradients over workers; the sum is wanted
-        (loss.objective(load_balancing) / step_tokens * workers).backward()
+        (loss.objective(load_balancing, activation_l1) / step_tokens * workers).backward()
         losses.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), clip)
     optimizer.step()
     optimizer.zero_grad()
     return add_losses(losses), norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def loss_of_sums(like: Loss, sums: Sequence[float]) -> Loss:
+    """A Loss like another one from its elements in a row, as the workers have summed them."""
+    left = iter(sums)
+    return Loss._make(
+        None
+        if part is None
+        else torch.tensor([next(left) for _ in range(part.numel())], dtype=torch.float64).view_as(part)
+        for part in like
+    )
+
+
+def figures(loss: Loss, *, tokens: int) -> dict[str, float]:
+    """The metrics of what some models have, experts or hidden units at zero, by name; means over tokens."""
+    found: dict[str, float] = {}
+    if loss.balance is not None and loss.load_LE is not None:
+        found |= expert_figures(loss.balance.item(), loss.load_LE, tokens=tokens)
+    if loss.activation is not None and loss.active is not None:
+        found |= {"activation_l1": loss.activation.item() / tokens, "active_share": loss.active.item() / tokens}
+    return found
 
 
 def expert_figures(balance: float, load_LE: Tensor, *, tokens: int) -> dict[str, float]:

@@ -41,7 +41,10 @@ MODELS = [
             ]
         ),
     )
-    for kv_heads, mlp, tied, experts in product((4, 2), ("swiglu", "gelu"), (False, True), (0, 3))
+    for kv_heads, mlp, tied, experts in [
+        *product((4, 2), ("swiglu", "gelu"), (False, True), (0, 3)),
+        *product((4,), ("reglu", "relu", "relu2"), (False,), (0, 3)),
+    ]
 ]
 
 

@@ -18,7 +18,7 @@ from tests.growth.racks import TOKENS, gradients, random_rack, tiny
 MIXED = {"n_experts": 4, "top_k": 2, "d_expert": 24}
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "reglu"])
 def test_every_expert_is_the_dense_mlp(mlp):
     source = random_rack(tiny(mlp=mlp, mlp_bias=True))
     grown = grow_model(source, Experts(n_experts=4, blocks=(0, 2)))
@@ -57,7 +57,7 @@ def test_two_equal_experts_under_a_zero_router_are_the_dense_mlp_to_the_bit(mlp)
     assert torch.equal(grown(TOKENS), source(TOKENS))
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "reglu", "relu", "relu2"])
 @torch.no_grad()
 def test_shares_of_all_experts_are_made_up_for_by_scaled_weights(mlp):
     source = random_rack(tiny(mlp=mlp, mlp_bias=True, blocks_per_stack=1))
@@ -65,11 +65,13 @@ def test_shares_of_all_experts_are_made_up_for_by_scaled_weights(mlp):
     assert not operator.grow(source.config).exact
     grown = grow_model(source, operator)
     dense, experts = source.blocks[0].mlp, grown.blocks[0].mlp.experts
-    scale = 4 ** (1 / 3 if mlp == "swiglu" else 1 / 2)
+    scale = 4 ** (1 / 2 if mlp in ("gelu", "relu") else 1 / 3)
     torch.testing.assert_close(experts.up.weight[3], dense.up.weight * scale)
     torch.testing.assert_close(experts.up.bias[3], dense.up.bias * scale)
     torch.testing.assert_close(experts.down.weight[3], dense.down.weight * scale)
     torch.testing.assert_close(experts.down.bias[3], dense.down.bias * 4)
+    if mlp in ("reglu", "relu", "relu2"):  # with these, equal experts of equal weight are the dense model
+        torch.testing.assert_close(grown(TOKENS), source(TOKENS), rtol=1e-10, atol=1e-10)
 
 
 def test_drop_redraws_the_same_hidden_units_of_gate_up_and_down_and_others_in_each_expert():

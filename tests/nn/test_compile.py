@@ -19,6 +19,8 @@ KINDS = {
     "dense": {},
     "experts": {"n_experts": 4, "top_k": 2},
     "plain experts, biases": {"n_experts": 4, "top_k": 2, "mlp": "gelu", "mlp_bias": True},
+    "zeros": {"mlp": "reglu"},
+    "squared experts": {"n_experts": 4, "top_k": 2, "mlp": "relu2"},
     "layer norm": {"norm": "layernorm", "attention_bias": True},
 }
 
@@ -39,8 +41,9 @@ def test_a_compiled_block_has_the_gradients_of_the_block(kind: dict, d_model: in
 
     def gradients(run: torch.nn.Module) -> list[Tensor]:
         # both from elsewhere, as in training: memory that was just freed holds something else
-        out_BTD, balance = run(x_BTD * 1.0, rope, default_attend(config))
+        out_BTD, balance, activity = run(x_BTD * 1.0, rope, default_attend(config))
         loss = (out_BTD * grad_BTD).sum() + (0 if balance is None else balance.loss_B.sum())
+        loss = loss + (0 if activity is None else 100 * activity.size.sum())
         return list(torch.autograd.grad(loss, inputs))
 
     expected = gradients(block)

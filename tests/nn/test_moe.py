@@ -26,6 +26,8 @@ VARIANTS = {
     "gated": {},
     "shares of all": {"norm_topk_prob": False},
     "plain, biases": {"mlp": "gelu", "mlp_bias": True, "d_expert": 24},
+    "gated, with zeros": {"mlp": "reglu", "mlp_bias": True},
+    "squared": {"mlp": "relu2", "d_expert": 24},
     "one expert": {"top_k": 1, "norm_topk_prob": False, "mlp_bias": True},
     "all experts": {"n_experts": 3, "top_k": 3},
 }
@@ -83,7 +85,7 @@ def test_a_mixture_is_what_its_tokens_get_one_by_one(change: dict) -> None:
     config = replace(CONFIG, **change)
     moe, x_BTD = random_moe(config), random_x(config)
     inputs = [x_BTD, *moe.parameters()]
-    out_BTD, balance = moe(x_BTD)
+    out_BTD, balance, _ = moe(x_BTD)
     assert balance.load_BE.sum(1).tolist() == [7 * config.top_k] * 3
     found = gradients(out_BTD, balance.loss_B.sum(), inputs)
     for one, expected in zip(found, gradients(*by_token(moe, config, x_BTD), inputs), strict=True):
@@ -109,7 +111,7 @@ def test_experts_without_tokens_get_gradients_of_zeros() -> None:
     with torch.no_grad():
         moe.router.weight[2:] = 0
         moe.router.weight[:2] = 1
-    out_BTD, balance = moe(random_x(CONFIG).abs())
+    out_BTD, balance, _ = moe(random_x(CONFIG).abs())
     out_BTD.sum().backward()
     assert balance.load_BE.sum(0).tolist() == [21, 21, 0, 0, 0, 0, 0, 0]
     for name, parameter in moe.experts.named_parameters():
@@ -188,7 +190,7 @@ def test_bf16_on_a_gpu_is_the_double_on_a_cpu(change: dict, compiled: bool) -> N
     run = torch.compile(moe, fullgraph=True, dynamic=False) if compiled else moe
     found, expected = (
         gradients(out_BTD, balance.loss_B.sum(), inputs)
-        for (out_BTD, balance), inputs in (
+        for (out_BTD, balance, _), inputs in (
             (run(x_BTD), [x_BTD, *moe.parameters()]),
             (wide(wide_x_BTD), [wide_x_BTD, *wide.parameters()]),
         )
@@ -210,7 +212,7 @@ def test_bf16_on_a_gpu_gives_the_same_bits_again(change: dict, compiled: bool) -
 
     def once() -> list[Tensor]:
         # what feeds the grouped products is made right before them, as in training
-        out_BTD, balance = run(x_BTD * 1.0)
+        out_BTD, balance, _ = run(x_BTD * 1.0)
         return gradients(out_BTD, balance.loss_B.sum(), inputs)
 
     first = once()

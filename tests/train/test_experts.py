@@ -1,4 +1,6 @@
-"""Training a mixture of experts is the same for any number of workers, and says how its experts are used."""
+"""Training a mixture of experts is the same for any number of workers, and says how its experts are used, and how much
+their hidden units do.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ MODEL = ModelConfig(
     d_ff=64,
     blocks_per_stack=3,
     max_seq_len=32,
-    mlp="gelu",
+    mlp="relu2",
     mlp_bias=True,
     n_experts=3,
     top_k=2,
@@ -41,6 +43,7 @@ TRAIN = TrainConfig(
     optimizer=OptimizerConfig(lr=3e-3),
     schedule=ScheduleConfig(warmup_steps=5),
     load_balancing=0.1,
+    activation_l1=0.1,
 )
 PHASE = resolve(PlanConfig(phases={"base": PhaseConfig(steps=20)}), MODEL, TRAIN)[0]
 
@@ -65,7 +68,8 @@ def test_two_workers_give_the_losses_and_loads_of_one(single, data: Path, tmp_pa
     # 5 sequences: 3 in micro-batches of 2 for one worker, 2 and one that only fills up for the other; 3 experts
     records = run(2, tmp_path, data)
     assert len(records) == 10
-    for key in ("loss", "grad_norm", "balance_loss", "expert_load_max", "expert_load_min"):
+    keys = "loss", "grad_norm", "balance_loss", "expert_load_max", "expert_load_min", "activation_l1", "active_share"
+    for key in keys:
         assert [r[key] for r in records] == pytest.approx([r[key] for r in single], abs=1e-5), key
     assert records[-1]["val_loss"] == pytest.approx(single[-1]["val_loss"], abs=1e-5)
 
@@ -81,6 +85,15 @@ def test_balancing_evens_out_the_experts(single, data: Path, tmp_path: Path) -> 
     without = run(1, tmp_path, data, replace(TRAIN, load_balancing=0.0))
     assert single[-1]["balance_loss"] < without[-1]["balance_loss"]
     assert single[-1]["expert_load_max"] < without[-1]["expert_load_max"]
+
+
+def test_a_weight_on_activations_makes_them_small_and_few(single, data: Path, tmp_path: Path) -> None:
+    assert all(0 < record["active_share"] < 1 for record in single)
+    phase = replace(PHASE, activation_l1=30.0)
+    run_distributed(train, 1, tmp_path, data, phase, TRAIN)
+    last = FolderSession(tmp_path).records()[-1]
+    assert last["activation_l1"] < 0.5 * single[-1]["activation_l1"]
+    assert last["active_share"] < single[-1]["active_share"]
 
 
 def test_figures_are_of_the_worst_block() -> None:

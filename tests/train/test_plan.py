@@ -170,3 +170,21 @@ def test_a_dry_run_builds_and_grows_every_phase() -> None:
     text = describe(phases, TRAIN, workers=2)
     assert "gstack (factor 4)" in text
     assert f"{sum(p.numel() for p in Rack(TARGET).parameters()):,}" in text
+
+
+def test_a_phase_has_its_own_weight_on_activations_or_the_runs() -> None:
+    train, model = replace(TRAIN, activation_l1=0.5), replace(TARGET, mlp="relu2")
+    base, pressed = resolve(
+        PlanConfig(phases={"base": PhaseConfig(steps=5), "pressed": PhaseConfig(steps=5, activation_l1=2.0)}),
+        model,
+        train,
+    )
+    assert (base.activation_l1, pressed.activation_l1) == (0.5, 2.0)
+
+
+def test_activations_that_are_never_zero_are_not_weighed() -> None:
+    phase = PhaseConfig(steps=5, activation_l1=2.0)
+    with pytest.raises(ValueError, match=r"plan.phases.base.activation_l1=2: .*mlp=swiglu .*reglu, relu or relu2"):
+        resolve(PlanConfig(phases={"base": phase}), TARGET, TRAIN)
+    with pytest.raises(ValueError, match=r"^train.activation_l1=0.5"):
+        resolve(PlanConfig(phases={"base": PhaseConfig(steps=5)}), TARGET, replace(TRAIN, activation_l1=0.5))
