@@ -35,6 +35,9 @@ class EngineConfig:
     """Begin a step before the texts of the one before are made; on CUDA, which computes meanwhile, when not given."""
     kv_layout: KvLayout = "auto"
     """How Blocks share pages of memory."""
+    sparsity: float | None = None
+    """Tokens of answers skip this share of the Blocks' weights; a level of a model that `raygrow sparsify` has made.
+    Dense when not given, or 0."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
@@ -46,6 +49,8 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least max_num_seqs="
                 f"{self.max_num_seqs}, so that every running sequence gets its token in each step"
             )
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity:g}: must be at least 0 and below 1")
         for name, choices in (
             ("dtype", DType.__args__),
             ("kv_layout", KvLayout.__args__),

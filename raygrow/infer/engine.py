@@ -22,8 +22,11 @@ from raygrow.infer.slots import Slots
 from raygrow.infer.staging import on_device
 from raygrow.infer.step import Step
 from raygrow.nn.rack import Rack
+from raygrow.sparsity.apply import sparse
+from raygrow.sparsity.linear import SparseRows
+from raygrow.sparsity.plan import SparsityPlan, load_plan
 from raygrow.text.tokenizer import Tokenizer, load_tokenizer
-from raygrow.weights.folder import finished_model, load_model
+from raygrow.weights.folder import ModelFolder, finished_model, load_model, open_folder
 from raygrow.weights.json_file import read_json
 
 logger = logging.getLogger(__name__)
@@ -77,13 +80,20 @@ class Engine:
         tokenizer: Of that model.
         config: Limits.
         end_ids: Tokens that end a text; the tokenizer's when not given.
+        rows: Of a sparse model, what it was made with; the engine says which tokens are sparse.
 
     Raises:
         ValueError: If the model is bidirectional, or the cache's memory does not hold one sequence.
     """
 
     def __init__(
-        self, model: Rack, tokenizer: Tokenizer, config: EngineConfig, *, end_ids: Iterable[int] | None = None
+        self,
+        model: Rack,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        *,
+        end_ids: Iterable[int] | None = None,
+        rows: SparseRows | None = None,
     ) -> None:
         if model.config.attention_mode != "causal":
             raise ValueError("attention_mode=bidirectional: this model cannot generate text from left to right")
@@ -91,7 +101,9 @@ class Engine:
         self._end_ids = frozenset([tokenizer.eos_id] if end_ids is None else end_ids)
         self._vocab_size = model.config.vocab_size
         wanted = config.max_model_len or model.config.max_seq_len
-        self._device = model.embedding.weight.device
+        self._device, self._sparse = model.embedding.weight.device, rows is not None
+        if rows is not None:  # what takes most memory, which is tried out
+            rows.start, rows.stop = 0, config.max_num_seqs
         with on_device(self._device):
             self._cache = _make_cache(model, config, wanted)
         self.max_model_len = min(wanted, self._cache.max_sequence_tokens)
@@ -103,7 +115,9 @@ class Engine:
             )
         graphs = min(config.max_num_seqs, LARGEST_GRAPH) if can_record(model) and not config.enforce_eager else 0
         with on_device(self._device):
-            self._runner = Runner(model.eval(), self._cache, largest=config.max_num_batched_tokens, graphs=graphs)
+            self._runner = Runner(
+                model.eval(), self._cache, largest=config.max_num_batched_tokens, graphs=graphs, rows=rows
+            )
         slots = Slots(self._cache, config.max_num_seqs, reuse=config.enable_prefix_caching)
         self._scheduler = Scheduler(slots, config.max_num_batched_tokens)
         self._requests: dict[str, _Running] = {}
@@ -135,7 +149,7 @@ class Engine:
         self.check(request)
         if request.id in self._requests:
             raise ValueError(f"request id {request.id!r}: is already in use")
-        sequence = Sequence(request)
+        sequence = Sequence(request, sparse=self._sparse)
         room = min(request.sampling.max_tokens, self.max_model_len - sequence.prompt_length)
         output = Output(sequence, self.tokenizer, end_ids=self._end_ids, max_tokens=room)
         self._requests[request.id] = _Running(sequence, output)
@@ -282,21 +296,38 @@ def load_engine(folder: str | Path, config: EngineConfig | None = None) -> Engin
     """The engine of a model folder, raygrow's or Hugging Face's, or of a finished run.
 
     Raises:
-        FileNotFoundError: If the folder, its tensors or its tokenizer are missing.
-        ValueError: If a file is damaged, or the model cannot generate.
+        FileNotFoundError: If the folder, its tensors or its tokenizer are missing, or a dense model is to be sparse.
+        ValueError: If a file is damaged, the model cannot generate, or was not made for that sparsity.
     """
     config = config or EngineConfig()
     folder = finished_model(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: there is no such folder; give one that holds a model, or a finished run")
-    tokenizer = load_tokenizer(folder)
+    tokenizer, plan = load_tokenizer(folder), sparsity_plan(open_folder(folder), config)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     logger.info("loading %s on %s", folder, device)
     dtype = (
         getattr(torch, config.dtype) if config.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else None
     )
-    model = load_model(folder, dtype=dtype, device=device)
-    return Engine(model, tokenizer, config, end_ids={tokenizer.eos_id, *_end_ids(folder)})
+    model, rows = load_model(folder, dtype=dtype, device=device), None
+    if plan is not None and config.sparsity:
+        rows = SparseRows()
+        sparse(model, plan, config.sparsity, rows=rows)
+    return Engine(model, tokenizer, config, end_ids={tokenizer.eos_id, *_end_ids(folder)}, rows=rows)
+
+
+def sparsity_plan(folder: ModelFolder, config: EngineConfig) -> SparsityPlan | None:
+    """The plan of a model that is to be sparse, None if it is to be dense. Reads no weights.
+
+    Raises:
+        FileNotFoundError: If the model is a dense one.
+        ValueError: If its plan is damaged, or it was not made for that sparsity; names those that it was made for.
+    """
+    if not config.sparsity:
+        return None
+    plan = load_plan(folder.path, folder.config)
+    plan.level(config.sparsity)
+    return plan
 
 
 def _end_ids(folder: Path) -> list[int]:

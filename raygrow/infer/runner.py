@@ -15,6 +15,7 @@ from raygrow.infer.kv_cache import KvCache
 from raygrow.infer.scheduler import Chunk
 from raygrow.infer.staging import Staging, to_device
 from raygrow.nn.rack import Rack
+from raygrow.sparsity.linear import SparseRows
 
 
 class Computed(NamedTuple):
@@ -33,29 +34,35 @@ class Runner:
         cache: For that model.
         largest: Tokens of a step, at most.
         graphs: The largest number of sequences whose decoding is recorded as a CUDA graph; 0 for none.
+        rows: What tells a sparse model which tokens of a step are; None for a dense one.
     """
 
-    def __init__(self, model: Rack, cache: KvCache, *, largest: int, graphs: int = 0) -> None:
-        self._model, self._cache = model, cache
+    def __init__(
+        self, model: Rack, cache: KvCache, *, largest: int, graphs: int = 0, rows: SparseRows | None = None
+    ) -> None:
+        self._model, self._cache, self._rows = model, cache, rows
         self._device = model.embedding.weight.device
         self._staging = Staging(largest, self._device)
+        if rows is not None:  # graphs are for steps of answers alone
+            rows.start, rows.stop = 0, None
         self._graphs = DecodeGraphs(model, cache, graphs) if graphs else None
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> Computed:
-        """Computes chunks, those of a single token first, and stores their keys and values.
+        """Computes chunks, which are in the order of their places, and stores their keys and values.
 
         Returns:
             For the positions that the chunks want, in their order.
         """
         numbers = _numbers(chunks)
-        decoding = sum(chunk.stop - chunk.start == 1 for chunk in chunks)
-        if self._graphs is not None and decoding == len(chunks) <= self._graphs.largest:
+        decoding = sum(chunk.single for chunk in chunks)
+        if self._graphs is not None and decoding == len(chunks) <= self._graphs.largest and self._all_sparse(chunks):
             logits_RV, likeliest_R = self._graphs.run(numbers)
             if all(chunk.wanted for chunk in chunks):
                 return Computed(logits_RV, likeliest_R)
             return Computed(logits_RV[self._wanted(chunks)], None)
         tokens_T, positions_T, slots_T = self._staging.send(numbers)
+        self._tell_rows(chunks)
         decodes = None
         if decoding:
             rows = slice(0, decoding)
@@ -66,6 +73,16 @@ class Runner:
                 tokens_T[None], positions_T=positions_T, attends=attends, rows=self._wanted(chunks)
             )
         return Computed(logits_BLV[0], None)
+
+    def _all_sparse(self, chunks: list[Chunk]) -> bool:
+        """Whether all tokens of a sparse model's step are; of a dense model it makes no difference."""
+        return self._rows is None or chunks[0].sparse
+
+    def _tell_rows(self, chunks: list[Chunk]) -> None:
+        """Tells a sparse model which tokens of the step are sparse."""
+        if self._rows is not None:
+            self._rows.start = sum(chunk.place == 0 for chunk in chunks)
+            self._rows.stop = self._rows.start + sum(chunk.stop - chunk.start for chunk in chunks if chunk.sparse)
 
     def _stretches(self, chunks: list[Chunk], row: int) -> list[Stretch]:
         stretches = []

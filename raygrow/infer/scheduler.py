@@ -8,11 +8,28 @@ from raygrow.infer.slots import Slots
 
 
 class Chunk(NamedTuple):
-    """Tokens of one sequence that a step computes."""
+    """Tokens of one sequence that a step computes. Of a sparse one they are all of the prompt, or all of the answer."""
 
     sequence: Sequence
     start: int
     stop: int
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one token."""
+        return self.stop - self.start == 1
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its tokens are."""
+        return self.sequence.sparse and self.start >= self.sequence.prompt_length
+
+    @property
+    def place(self) -> int:
+        """Among the chunks of a step: those of a single token first, and what is sparse all together."""
+        if self.single:
+            return 1 if self.sparse else 0
+        return 2 if self.sparse else 3
 
     @property
     def completes(self) -> bool:
@@ -60,7 +77,7 @@ class Scheduler:
             self._slots.give_back(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, those of a single token first.
+        """The chunks of the next step, by their `place`.
 
         `computed` of their sequences is for the caller to move on.
         """
@@ -78,7 +95,7 @@ class Scheduler:
             room -= chunks[-1].stop - chunks[-1].start
         if not chunks:
             return singles
-        return singles + sorted(chunks, key=lambda chunk: chunk.stop - chunk.start > 1)
+        return sorted(singles + chunks, key=lambda chunk: chunk.place)
 
     def _let_in(self) -> bool:
         """Lets the one in who has waited longest, if there is a place and nothing that is better waited for."""
@@ -93,12 +110,13 @@ class Scheduler:
         return True
 
     def _decodes(self) -> list[Chunk]:
-        """One token of every sequence whose prompt has been computed, the oldest first."""
-        return [
-            Chunk(sequence, sequence.computed, sequence.computed + 1)
-            for sequence in list(self.running)  # from which making room takes the youngest
-            if sequence.slot is not None and sequence.missing == 1 and self._make_room(sequence)
-        ]
+        """One token of every sequence that misses no more, by their place, the oldest first."""
+        dense, sparse = [], []
+        for sequence in list(self.running):  # from which making room takes the youngest
+            if sequence.slot is not None and sequence.missing == 1 and self._make_room(sequence):
+                chunk = Chunk(sequence, sequence.computed, sequence.computed + 1)
+                (sparse if chunk.sparse else dense).append(chunk)
+        return dense + sparse
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Memory for all tokens of a running sequence; False if it was itself the youngest and had to go."""
@@ -114,4 +132,6 @@ class Scheduler:
 
 
 def _chunk(sequence: Sequence, room: int) -> Chunk:
-    return Chunk(sequence, sequence.computed, sequence.computed + min(room, sequence.missing))
+    start, stop = sequence.computed, sequence.computed + min(room, sequence.missing)
+    # an answer that is computed again is not in one chunk with its prompt
+    return Chunk(sequence, start, min(stop, sequence.alike) if start < sequence.alike else stop)

@@ -6,10 +6,15 @@ from raygrow.infer.request import Logprob, Request
 
 
 class Sequence:
-    """The tokens of a request, prompt and answer, and how many of them have their keys and values in a slot."""
+    """The tokens of a request, prompt and answer, and how many of them have their keys and values in a slot.
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    Args:
+        request: What is asked for.
+        sparse: Whether tokens of the answer are sparse; those of the prompt never are.
+    """
+
+    def __init__(self, request: Request, *, sparse: bool = False) -> None:
+        self.request, self.sparse = request, sparse
         self.tokens = list(request.prompt)
         self.prompt_length = len(request.prompt)
         self.slot: int | None = None
@@ -47,4 +52,12 @@ class Sequence:
         """
         if self.unscored:
             return len(self.prompt_logprobs) - 1
-        return len(self.tokens) - 1
+        return min(len(self.tokens) - 1, self.alike)
+
+    @property
+    def alike(self) -> int:
+        """Tokens, from the first, whose keys and values are those of every sequence that begins so.
+
+        Sparse ones are not: in another sequence the same tokens may belong to the prompt.
+        """
+        return self.prompt_length if self.sparse else len(self.tokens)

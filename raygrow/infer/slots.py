@@ -70,7 +70,7 @@ class Slots:
         soon, wanted, reusable = _Match(), sequence.tokens, sequence.reusable
         for slot, other in self._running.items():
             if other.tokens[0] == wanted[0] and other.missing > 1:
-                soon = _better(soon, slot, wanted, other.tokens, min(reusable, len(other.tokens)))
+                soon = _better(soon, slot, wanted, other.tokens, min(reusable, other.alike))
         return soon.length >= MIN_AWAITED and soon.length - self._best_match(sequence).length >= MIN_AWAITED
 
     def grow(self, sequence: Sequence) -> bool:
@@ -87,7 +87,7 @@ class Slots:
         slot = sequence.slot
         assert slot is not None
         del self._running[slot]
-        self._left[slot] = sequence.tokens[: sequence.computed] if self._reuse else []
+        self._left[slot] = sequence.tokens[: min(sequence.computed, sequence.alike)] if self._reuse else []
         self._cache.release(slot, keep_tokens=len(self._left[slot]))
         sequence.slot, sequence.computed = None, 0
 
@@ -98,7 +98,7 @@ class Slots:
                 best = _better(best, slot, wanted, tokens, min(reusable, self._cache.held(slot), len(tokens)))
         for slot, other in self._running.items():
             if other.tokens[0] == wanted[0]:  # which mostly settles it
-                better = _better(best, slot, wanted, other.tokens, min(reusable, other.computed))
+                better = _better(best, slot, wanted, other.tokens, min(reusable, other.computed, other.alike))
                 best = better if better.length >= MIN_COPIED else best
         return best
 

@@ -43,13 +43,15 @@ def select(x_RD: Tensor, keep: int, scale_D: Tensor | None = None) -> Selection:
     return select_torch(x_RD, keep, scale_D)
 
 
-def norm_select(x_RD: Tensor, keep: int, eps: float, gain_D: Tensor | None = None) -> Selection:
+def norm_select(
+    x_RD: Tensor, keep: int, eps: float, gain_D: Tensor | None = None, scale_D: Tensor | None = None
+) -> Selection:
     """`select` of the rows' RMS norm, in one kernel."""
     if _on_triton(x_RD):
         from raygrow.kernels.triton_select import select_triton
 
-        return Selection(*select_triton(x_RD, keep, eps=eps, gain_D=gain_D))
-    return select_torch(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), keep)
+        return Selection(*select_triton(x_RD, keep, eps=eps, gain_D=gain_D, scale_D=scale_D))
+    return select_torch(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), keep, scale_D)
 
 
 def masked(x_RD: Tensor, keep: int, scale_D: Tensor | None = None) -> Tensor:
@@ -61,13 +63,15 @@ def masked(x_RD: Tensor, keep: int, scale_D: Tensor | None = None) -> Tensor:
     return scatter(select_torch(x_RD, keep, scale_D), x_RD.shape[1])
 
 
-def norm_masked(x_RD: Tensor, keep: int, eps: float, gain_D: Tensor | None = None) -> Tensor:
+def norm_masked(
+    x_RD: Tensor, keep: int, eps: float, gain_D: Tensor | None = None, scale_D: Tensor | None = None
+) -> Tensor:
     """`masked` of the rows' RMS norm, in one kernel."""
     if _on_triton(x_RD):
         from raygrow.kernels.triton_select import masked_triton
 
-        return masked_triton(x_RD, keep, eps=eps, gain_D=gain_D)
-    return masked(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), keep)
+        return masked_triton(x_RD, keep, eps=eps, gain_D=gain_D, scale_D=scale_D)
+    return masked(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), keep, scale_D)
 
 
 def above(x_RD: Tensor, threshold: float) -> Tensor:

@@ -3,23 +3,25 @@
 Tokens being decoded are sparse, those of prompts are dense: `SparseRows` says which are which in each forward pass. The
 router of a mixture of experts always reads all of its input.
 
-Shapes: B batch, T tokens, N = B x T and in attention heads, K key-value heads, H head dim, S slots of experts,
-D model, F hidden.
+Modules here take the residual stream and give it back, norms and additions included: the kernels that select and
+multiply do these too.
+
+Shapes: B batch, T tokens, N heads, K key-value heads, H head dim, D model, F hidden.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from raygrow.nn.attention import Attend, Attention
-from raygrow.nn.mlp import SwigluMlp
+from raygrow.nn.block import Block
 from raygrow.nn.moe import Moe
 from raygrow.nn.rack import Rack
 from raygrow.nn.rope import rotate
+from raygrow.sparsity.experts import SparseMoe, fusible, readers
 from raygrow.sparsity.inputs import Place
 from raygrow.sparsity.linear import SparseLinear, SparseRows
-from raygrow.sparsity.methods import WEIGHTED, Method, Selector, column_norms
+from raygrow.sparsity.methods import WEIGHTED, Method, Selector
 from raygrow.sparsity.plan import SparsityPlan
 
 
@@ -45,85 +47,75 @@ def sparse(model: Rack, plan: SparsityPlan, sparsity: float, *, rows: SparseRows
 
 
 def install(model: Rack, method: Method, rows: SparseRows) -> dict[Place, Selector]:
-    """Puts sparse modules in the place of a model's own, a Block at a time.
+    """Puts sparse Blocks in the place of a model's own, one at a time.
 
     Returns:
         The selectors of all inputs, which keep everything as yet.
     """
     weighted = method in WEIGHTED
     selectors: dict[Place, Selector] = {}
-    block: Any
-    for index, block in enumerate(model.blocks):
-        block.attention = attention = SparseAttention(block.attention, rows, weighted=weighted)
-        kind: Any = SparseMoe if isinstance(block.mlp, Moe) else SparseMlp
-        block.mlp = mlp = kind(block.mlp, rows, weighted=weighted)
-        selectors[index, "attention"] = attention.qkv.selector
-        selectors[index, "o"] = attention.o.selector
-        selectors[index, "mlp"], selectors[index, "down"] = mlp.selectors
+    index = 0
+    for stack in model.stacks:
+        for place in range(len(stack.blocks)):
+            # the model's list and the Stack's both hold the Block, whose memory is to be free for the next one
+            model.blocks[index] = stack.blocks[place] = block = SparseBlock(
+                stack.blocks[place], rows, weighted=weighted
+            )
+            selectors[index, "attention"] = block.attention.qkv.selector
+            selectors[index, "o"] = block.attention.o.selector
+            selectors[index, "mlp"], selectors[index, "down"] = block.mlp.selectors
+            index += 1
     return selectors
 
 
-class SparseAttention(nn.Module):
-    """`Attention` with q, k and v as one projection."""
+class SparseBlock(nn.Module):
+    """`Block`, sparse."""
 
-    def __init__(self, attention: Attention, rows: SparseRows, *, weighted: bool) -> None:
+    def __init__(self, block: Any, rows: SparseRows, *, weighted: bool) -> None:
+        super().__init__()
+        assert isinstance(block, Block), "this model is sparse already"
+        self.attention = SparseAttention(block.attention, block.attention_norm, rows, weighted=weighted)
+        kind: Any = SparseMoe if isinstance(block.mlp, Moe) else SparseMlp
+        self.mlp = kind(block.mlp, block.mlp_norm, rows, weighted=weighted)
+        self.adapter = block.adapter
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, None, None]:
+        """As `Block.forward`, without what training wants to know."""
+        x_BTD = self.attention(x_BTD, rope, attend)
+        return self.mlp(x_BTD, self.adapter(x_BTD)), None, None
+
+
+class SparseAttention(nn.Module):
+    """A norm, `Attention` with q, k and v as one projection, and the residual stream around both."""
+
+    def __init__(self, attention: Attention, norm: nn.Module, rows: SparseRows, *, weighted: bool) -> None:
         super().__init__()
         self.head_dim = attention.head_dim
-        self.qkv = SparseLinear([attention.q, attention.k, attention.v], rows, weighted=weighted)
+        self.qkv = SparseLinear([attention.q, attention.k, attention.v], rows, weighted=weighted, norm=norm)
         self.o = SparseLinear([attention.o], rows, weighted=weighted)
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q_BTNH, k_BTKH, v_BTKH = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x_BTD))
+        parts = self.qkv(x_BTD).split(self.qkv.sizes, dim=-1)
+        q_BTNH, k_BTKH, v_BTKH = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         q_BTNH = rotate(self.q_norm(q_BTNH), *rope)
         k_BTKH = rotate(self.k_norm(k_BTKH), *rope)
-        return self.o(attend(q_BTNH, k_BTKH, v_BTKH).flatten(2))[0]
+        return self.o(attend(q_BTNH, k_BTKH, v_BTKH).flatten(2), x_BTD)
 
 
 class SparseMlp(nn.Module):
-    """An MLP with gate and up as one projection."""
+    """A norm, an MLP with gate and up as one projection, and what both are added to."""
 
-    def __init__(self, mlp: Any, rows: SparseRows, *, weighted: bool) -> None:
+    def __init__(self, mlp: Any, norm: nn.Module, rows: SparseRows, *, weighted: bool) -> None:
         super().__init__()
         self.activate = mlp.activate
-        self.up = SparseLinear(_readers(mlp), rows, weighted=weighted)
+        gated = fusible(mlp)
+        self.up = SparseLinear(readers(mlp), rows, weighted=weighted, norm=norm, gated=gated)
         self.down = SparseLinear([mlp.down], rows, weighted=weighted)
         self.selectors = self.up.selector, self.down.selector
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.activate(*self.up(x_BTD)))[0]
-
-
-class SparseMoe(nn.Module):
-    """A mixture of experts that share what is kept of their input; of what `down` reads each keeps its own."""
-
-    def __init__(self, moe: Moe, rows: SparseRows, *, weighted: bool) -> None:
-        super().__init__()
-        self.moe, self.rows = moe, rows
-        experts: Any = moe.experts
-        self.selectors = tuple(
-            Selector(len(weight_DEF), column_norms(weight_DEF.flatten(1)) if weighted else None)
-            for weight_DEF in (
-                torch.cat([p.weight.detach() for p in _readers(experts)], dim=1).permute(2, 0, 1),
-                experts.down.weight.detach().permute(2, 0, 1),
-            )
-        )
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        of_x, of_hidden = self.selectors
-        experts: Any = self.moe.experts
-        routes = self.moe.route(x_BTD)
-        sparse_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
-        sparse_BT[:, self.rows.within(x_BTD.shape[1])] = True
-        sparse_N1 = sparse_BT.flatten()[:, None]
-        x_ND = x_BTD.flatten(0, 1).contiguous()
-        x_SD = torch.where(sparse_N1, of_x.masked(x_ND), x_ND)[routes.tokens_S]
-        hidden_SF = experts.activate(*(project(x_SD, routes.offsets_E) for project in _readers(experts)))
-        hidden_SF = torch.where(sparse_N1[routes.tokens_S], of_hidden.masked(hidden_SF), hidden_SF)
-        y_ND = routes.combine(experts.down(hidden_SF, routes.offsets_E))
-        return y_ND.to(x_BTD.dtype).view_as(x_BTD)
-
-
-def _readers(mlp: Any) -> list:
-    """The projections that read an MLP's input, in the order that its activation takes them."""
-    return [mlp.gate, mlp.up] if isinstance(mlp, SwigluMlp) else [mlp.up]
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor) -> Tensor:
+        hidden_BTF = self.up(x_BTD)
+        if not self.up.gated:
+            hidden_BTF = self.activate(*hidden_BTF.split(self.up.sizes, dim=-1))
+        return self.down(hidden_BTF, residual_BTD)

@@ -1,6 +1,6 @@
 """Projections that read only the weights of the entries that are kept.
 
-Shapes: B batch, T tokens, R rows (tokens that are sparse), D input, F output of all projections together.
+Shapes: B batch, T tokens, R rows (all tokens of the batch), D input, F output of all projections together.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from raygrow.kernels.sparse_linear import masked_linear, select, sparse_linear
+from raygrow.kernels.sparse_linear import Selection, masked_linear, norm_masked, norm_select, select, sparse_linear
 from raygrow.sparsity.methods import Selector, column_norms
 
 
@@ -27,21 +27,11 @@ class SparseRows:
         return slice(min(self.start, stop), stop)
 
 
-def linear_of_kept(x_RD: Tensor, selector: Selector, weight_DF: Tensor) -> Tensor:
-    """`x @ weight` over the entries that the selector keeps: the one place that knows how it is computed.
-
-    A row alone reads what it keeps, a few together what any of them keeps, many everything; what a row keeps does not
-    depend on those beside it.
-    """
-    if not selector.drops or not len(x_RD):
-        return x_RD @ weight_DF
-    if len(x_RD) == 1 and selector.choice.threshold is None:
-        return sparse_linear(select(x_RD, selector.choice.keep, selector.scale_D), weight_DF)
-    return masked_linear(selector.masked(x_RD), weight_DF)
-
-
 class SparseLinear(nn.Module):
-    """Projections that read the same input, as one over the entries that are kept.
+    """Projections that read the same input, as one over the entries that are kept, with what stands around them.
+
+    A token alone reads what it keeps, a few together what any of them keeps, many everything: what a token keeps does
+    not depend on those beside it. Where some tokens are sparse and others are not, they share one product.
 
     The weight is kept input-major, so that what a dropped entry saves lies in one piece.
 
@@ -49,14 +39,25 @@ class SparseLinear(nn.Module):
         projections: `nn.Linear`s of one input.
         rows: Which tokens are sparse.
         weighted: Whether scores are weighted by the norms of columns.
+        norm: Of the input, which is part of the selection's kernel if it is an RMS norm.
+        gated: Whether the projections are a gate and what it is applied to: the output is `silu(first) * second`.
+            Not with biases.
     """
 
     bias_F: nn.Parameter | None
 
-    def __init__(self, projections: Sequence[nn.Linear], rows: SparseRows, *, weighted: bool) -> None:
+    def __init__(
+        self,
+        projections: Sequence[nn.Linear],
+        rows: SparseRows,
+        *,
+        weighted: bool,
+        norm: nn.Module | None = None,
+        gated: bool = False,
+    ) -> None:
         super().__init__()
         self.sizes = [projection.out_features for projection in projections]
-        self.rows = rows
+        self.rows, self.norm, self.gated = rows, norm, gated
         weight_DF = torch.cat([projection.weight.detach() for projection in projections]).T.contiguous()
         self.weight_DF = nn.Parameter(weight_DF, requires_grad=False)
         bias_F = None
@@ -65,20 +66,37 @@ class SparseLinear(nn.Module):
         self.register_parameter("bias_F", bias_F)
         self.selector = Selector(len(weight_DF), column_norms(weight_DF) if weighted else None)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
-        """`(B, T, D)` to the output of each projection."""
+    def forward(self, x_BTD: Tensor, addend_BTF: Tensor | None = None) -> Tensor:
+        """`(B, T, D)` to the outputs side by side, or what is gated, plus what is to be added."""
         rows = self.rows.within(x_BTD.shape[1])
-        pieces = (
-            x_BTD[:, : rows.start] @ self.weight_DF,
-            self._of_kept(x_BTD[:, rows]),
-            x_BTD[:, rows.stop :] @ self.weight_DF,
-        )
-        pieces = [y_BTF for y_BTF in pieces if y_BTF.shape[1]]
-        y_BTF = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        if self.bias_F is not None:
-            y_BTF = y_BTF + self.bias_F
-        return y_BTF.split(self.sizes, dim=-1)
+        addend_RF = None if addend_BTF is None else addend_BTF.flatten(0, 1).contiguous()
+        if len(x_BTD) == x_BTD.shape[1] == 1 and rows == slice(0, 1) and self.selector.lists:
+            kept = selected(x_BTD.flatten(0, 1).contiguous(), self.selector, self.norm)
+            y_RF = sparse_linear(kept, self.weight_DF, self.bias_F, addend_RF=addend_RF, gated=self.gated)
+        else:
+            x_RD = only_kept(x_BTD, rows, self.selector, self.norm).flatten(0, 1).contiguous()
+            y_RF = masked_linear(x_RD, self.weight_DF, self.bias_F, addend_RF=addend_RF, gated=self.gated)
+        return y_RF.unflatten(0, x_BTD.shape[:2])
 
-    def _of_kept(self, x_BTD: Tensor) -> Tensor:
+
+def selected(x_RD: Tensor, selector: Selector, norm: nn.Module | None = None) -> Selection:
+    """What is kept of rows, and of their norm where they get one first."""
+    keep, scale_D = selector.choice.keep, selector.scale_D
+    if isinstance(norm, nn.RMSNorm) and norm.eps is not None:
+        return norm_select(x_RD, keep, norm.eps, norm.weight, scale_D)
+    return select(x_RD if norm is None else norm(x_RD), keep, scale_D)
+
+
+def only_kept(x_BTD: Tensor, rows: slice, selector: Selector, norm: nn.Module | None = None) -> Tensor:
+    """All tokens, normed where they are to be; sparse ones with zeros in the place of what they drop."""
+    choice, whole = selector.choice, rows == slice(0, x_BTD.shape[1])
+    if whole and selector.lists and isinstance(norm, nn.RMSNorm) and norm.eps is not None:
         x_RD = x_BTD.flatten(0, 1).contiguous()
-        return linear_of_kept(x_RD, self.selector, self.weight_DF).unflatten(0, x_BTD.shape[:2])
+        return norm_masked(x_RD, choice.keep, norm.eps, norm.weight, selector.scale_D).view_as(x_BTD)
+    if norm is not None:
+        x_BTD = norm(x_BTD)
+    if not selector.drops or rows.start == rows.stop:
+        return x_BTD
+    some_BTD = x_BTD[:, rows]
+    kept_BTD = selector.masked(some_BTD.flatten(0, 1).contiguous()).view_as(some_BTD)
+    return kept_BTD if whole else torch.cat([x_BTD[:, : rows.start], kept_BTD, x_BTD[:, rows.stop :]], dim=1)

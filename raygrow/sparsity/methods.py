@@ -64,6 +64,11 @@ class Selector:
         """Whether anything is dropped."""
         return self.choice.keep < self.size or self.choice.threshold is not None
 
+    @property
+    def lists(self) -> bool:
+        """Whether what is kept is as much of every token, and less than all."""
+        return self.choice.threshold is None and self.choice.keep < self.size
+
     def masked(self, x_RD: Tensor) -> Tensor:
         """Contiguous rows with zeros in the place of dropped entries."""
         if not self.drops:

@@ -140,11 +140,11 @@ def test_rows_do_not_depend_on_those_beside_them():
     x = torch.randn(1, 7, 16, dtype=torch.float64)
     for block in model.blocks:
         rows.stop = 3
-        some = block.mlp(x)
+        some = block.mlp(x, x)
         rows.stop = None
-        every = block.mlp(x)
+        every = block.mlp(x, x)
         rows.stop = 0
-        none = block.mlp(x)
+        none = block.mlp(x, x)
         torch.testing.assert_close(some, torch.cat([every[:, :3], none[:, 3:]], 1))
         assert not torch.allclose(every, none)
 
@@ -157,5 +157,5 @@ def test_a_token_alone_is_what_it_is_among_others(method):
         selector.choice = Choice(input_size(model.config, *place) // 2)
     x_BTD = torch.randn(1, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for block in model.blocks:
-        alone = torch.cat([block.mlp(x_BTD[:, t : t + 1]) for t in range(9)], dim=1)
-        torch.testing.assert_close(alone, block.mlp(x_BTD), rtol=1e-12, atol=1e-12)
+        alone = torch.cat([block.mlp(*[x_BTD[:, t : t + 1]] * 2) for t in range(9)], dim=1)
+        torch.testing.assert_close(alone, block.mlp(x_BTD, x_BTD), rtol=1e-12, atol=1e-12)

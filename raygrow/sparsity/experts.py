@@ -1,0 +1,101 @@
+"""A mixture of experts that reads only the weights of the entries that are kept.
+
+Shapes: B batch, T tokens, N = B x T, K experts of a token, S = N x K slots (pairs of a token and one of its experts),
+D model, F hidden, G what is read of `mlp` (gate and up side by side), E experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raygrow.kernels.grouped_mm import grouped_mm
+from raygrow.kernels.sparse_linear import Selection, select, sparse_expert_linear
+from raygrow.nn.mlp import SwigluMlp
+from raygrow.nn.moe import Moe
+from raygrow.sparsity.linear import SparseRows, only_kept, selected
+from raygrow.sparsity.methods import Selector, column_norms
+
+
+class SparseMoe(nn.Module):
+    """A norm, experts and the residual stream around both.
+
+    The experts of a token share what is kept of their input; of what `down` reads each keeps its own. The router reads
+    everything. While no more slots than experts are asked for and all tokens are sparse, each slot reads what it keeps
+    of its expert; else experts are read whole, by all of their tokens together.
+
+    Args:
+        moe: It loses its experts, which are here from now on, input-major.
+        norm: Of the input.
+        rows: Which tokens are sparse.
+        weighted: Whether scores are weighted by the norms of columns.
+    """
+
+    def __init__(self, moe: Moe, norm: nn.Module, rows: SparseRows, *, weighted: bool) -> None:
+        super().__init__()
+        self.moe, self.norm, self.rows = moe, norm, rows
+        experts: Any = moe.experts
+        del moe.experts  # there is no room for two copies
+        self.activate, self.gated, reading = experts.activate, fusible(experts), readers(experts)
+        self.parts = len(reading)
+        self.up_EDG = _constant(torch.cat([p.weight.detach() for p in reading], 1).transpose(1, 2).contiguous())
+        self.down_EFD = _constant(experts.down.weight.detach().transpose(1, 2).contiguous())
+        biased = experts.up.bias is not None
+        self.up_bias_EG = _constant(torch.cat([p.bias.detach() for p in reading], 1)) if biased else None
+        self.down_bias_ED = experts.down.bias
+        self.selectors = tuple(
+            Selector(weight.shape[1], column_norms(weight.transpose(0, 1).flatten(1)) if weighted else None)
+            for weight in (self.up_EDG, self.down_EFD)
+        )
+
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor) -> Tensor:
+        """The residual stream plus what the experts make of `x`."""
+        x_BTD = self.norm(x_BTD)
+        rows = self.rows.within(x_BTD.shape[1])
+        slots = x_BTD.shape[0] * x_BTD.shape[1] * self.moe.top_k
+        lists = all(selector.choice.threshold is None for selector in self.selectors)
+        alone = lists and rows == slice(0, x_BTD.shape[1]) and slots <= len(self.up_EDG)
+        y_ND = self._slot_by_slot(x_BTD) if alone else self._expert_by_expert(x_BTD, rows)
+        return residual_BTD + y_ND.to(x_BTD.dtype).view_as(x_BTD)
+
+    def _slot_by_slot(self, x_BTD: Tensor) -> Tensor:
+        """Each slot with its own rows of its expert's weights. Nothing waits for the device."""
+        of_x, of_hidden = self.selectors
+        _, weights_BTK, experts_BTK = self.moe.choose(x_BTD)
+        expert_S, k = experts_BTK.flatten(), experts_BTK.shape[-1]
+        index_NK, value_NK = selected(x_BTD.flatten(0, 1).contiguous(), of_x)
+        of_slots = Selection(index_NK.repeat_interleave(k, 0), value_NK.repeat_interleave(k, 0))
+        hidden_SF = sparse_expert_linear(of_slots, self.up_EDG, expert_S, self.up_bias_EG, gated=self.gated)
+        if not self.gated:
+            hidden_SF = self.activate(*hidden_SF.chunk(self.parts, dim=1)).contiguous()
+        of_slots = select(hidden_SF, of_hidden.choice.keep, of_hidden.scale_D)
+        y_SD = sparse_expert_linear(of_slots, self.down_EFD, expert_S, self.down_bias_ED)
+        return (y_SD.unflatten(0, (-1, k)) * weights_BTK.flatten(0, 1)[..., None]).sum(1)
+
+    def _expert_by_expert(self, x_BTD: Tensor, rows: slice) -> Tensor:
+        """Slots sorted by expert, by grouped products."""
+        of_x, of_hidden = self.selectors
+        routes = self.moe.route(x_BTD)
+        x_SD = only_kept(x_BTD, rows, of_x).flatten(0, 1)[routes.tokens_S]
+        up_SG = grouped_mm(x_SD, self.up_EDG.transpose(1, 2), routes.offsets_E, self.up_bias_EG)
+        hidden_SF = self.activate(*up_SG.chunk(self.parts, dim=1)).contiguous()
+        if of_hidden.drops and rows.start < rows.stop:
+            sparse_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
+            sparse_BT[:, rows] = True
+            sparse_S1 = sparse_BT.flatten()[routes.tokens_S, None]
+            hidden_SF = torch.where(sparse_S1, of_hidden.masked(hidden_SF), hidden_SF)
+        return routes.combine(grouped_mm(hidden_SF, self.down_EFD.transpose(1, 2), routes.offsets_E, self.down_bias_ED))
+
+
+def readers(mlp: Any) -> list:
+    """The projections that read an MLP's input, in the order that its activation takes them."""
+    return [mlp.gate, mlp.up] if hasattr(mlp, "gate") else [mlp.up]
+
+
+def fusible(mlp: Any) -> bool:
+    """Whether the product's kernel can do the activation too: what reads the input is a SwiGLU without biases."""
+    return type(mlp) is SwigluMlp and mlp.up.bias is None
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
