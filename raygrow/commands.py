@@ -373,6 +373,7 @@ def generate(parsed: argparse.Namespace) -> int:
 @_command(
     _argument("models", "model folders or finished runs, and settings as KEY=VALUE", nargs="+", metavar="MODEL"),
     _argument("--name", "what clients call the model; its folder's name when not given"),
+    _argument("--sparsity", "a level of a model that was made sparse; it runs dense when not given", type=float),
     _argument("--host", "where to listen; 0.0.0.0 lets other machines in", default="127.0.0.1"),
     _argument("--port", "the port there", type=int, default=8000),
     _argument("--yaml", "print the app as `serve deploy` takes it, start nothing", action="store_true"),
@@ -388,6 +389,7 @@ def serve(parsed: argparse.Namespace) -> int:
       raygrow serve runs/quickstart                                 http://localhost:8000, for this machine only
       raygrow serve models/llama models/mixtral --port 9000         two models, by the names of their folders
       raygrow serve runs/quickstart --name small engine_kwargs.max_num_seqs=16 engine_kwargs.dtype=float32
+      raygrow serve models/sparse --sparsity 0.4                    of `raygrow sparsify`; engine_kwargs.sparsity in YAML
       raygrow serve models/llama deployment_config.autoscaling_config.min_replicas=0
                                                                     no replica while nobody asks
       raygrow serve models/llama ingress.num_replicas=2 --yaml      a file for `serve deploy`
@@ -399,7 +401,8 @@ def serve(parsed: argparse.Namespace) -> int:
 
     words = [word for word in parsed.models if "=" in word]
     folders = [_named_folder(Path(word)) for word in parsed.models if "=" not in word]
-    args = serve_args(folders, dict(map(_setting, words)), name=parsed.name)
+    settings = {} if parsed.sparsity is None else {"engine_kwargs.sparsity": parsed.sparsity}
+    args = serve_args(folders, settings | dict(map(_setting, words)), name=parsed.name)
     config = read_config(args)
     if parsed.yaml:
         print(as_yaml(args, host=parsed.host, port=parsed.port), end="")

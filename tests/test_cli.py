@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from raygrow.cli import main
+from raygrow.infer.config import EngineConfig
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
@@ -20,6 +21,7 @@ from raygrow.runtime.serve_config import read_config
 from raygrow.text.tokenizer import train_tokenizer
 from raygrow.train.config import TrainConfig
 from raygrow.weights.folder import load_model, open_folder, write_folder
+from tests.sparsity.plans import add_plan
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("prepare", "train", "grow", "timing", "evaluate", "export", "report", "generate", "serve", "chat")
@@ -258,14 +260,26 @@ def test_a_format_that_cannot_hold_the_grown_model_is_named(small: Path, capsys:
 
 def test_the_yaml_of_a_served_model_is_what_serve_takes(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(small), "engine_kwargs.max_num_seqs=8", "--port", "9000", "--yaml", "ingress.num_replicas=2"]
-    assert main(["serve", *words]) == 0
+    assert main(["serve", *words, "--sparsity", "0.4"]) == 0
     file = yaml.safe_load(capsys.readouterr().out)
     assert file["http_options"] == {"host": "127.0.0.1", "port": 9000}
     (app,) = file["applications"]
     config = read_config(app["args"])
     assert config.ingress.num_replicas == 2
-    assert config.llm_configs[0].engine_kwargs.max_num_seqs == 8
+    assert config.llm_configs[0].engine_kwargs == EngineConfig(max_num_seqs=8, sparsity=0.4)
     assert (config.llm_configs[0].model_id, config.llm_configs[0].model_loading_config.folder) == ("small", small)
+
+
+def test_a_sparsity_that_cannot_be_is_told_before_anything_starts(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tokenizer(["a"], 257).save(small)
+    assert "is a dense model: it has no sparsity.json" in failed(capsys, "serve", str(small), "--sparsity", "0.4")
+    add_plan(small, 0.3, 0.5)
+    told = failed(capsys, "serve", str(small), "--sparsity", "0.4")
+    assert "small: sparsity=0.4: this model was made for 0.3, 0.5; choose one of them" in told
+    told = failed(capsys, "serve", str(small), "engine_kwargs.sparsity=1.4")
+    assert "sparsity=1.4: must be at least 0 and below 1" in told
 
 
 def test_a_broken_chat_template_is_told_before_anything_starts(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

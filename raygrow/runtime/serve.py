@@ -21,6 +21,7 @@ from ray.serve.config import AutoscalingPolicy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from raygrow.infer.engine import sparsity_plan
 from raygrow.infer.request import Delta, PromptTooLong, Request
 from raygrow.runtime.cluster import connect, has_gpu
 from raygrow.runtime.openai.app import make_app
@@ -55,6 +56,7 @@ class Served:
         self.id = llm.model_id
         self.tokenizer = load_tokenizer(folder.path)
         self.max_model_len = llm.engine_kwargs.max_model_len or folder.config.max_seq_len
+        self.sparsity = llm.engine_kwargs.sparsity or None
         self.created = int(time.time())
         self.folder = folder.path
         self._llm = llm
@@ -253,8 +255,13 @@ def _address(host: str, port: int) -> str:
 
 
 def _check_model(llm: LLMConfig) -> None:
-    """Raises unless a model is there and whole."""
-    ChatTemplate(load_tokenizer(open_folder(llm.model_loading_config.folder).path))
+    """Raises unless a model is there and whole, and was made for the sparsity that it is to have."""
+    folder = open_folder(llm.model_loading_config.folder)
+    ChatTemplate(load_tokenizer(folder.path))
+    try:
+        sparsity_plan(folder, llm.engine_kwargs)
+    except ValueError as error:
+        raise ValueError(f"{llm.model_id}: {error}") from error
 
 
 def _listens(host: str, port: int) -> bool:

@@ -38,7 +38,7 @@ def sparse(model: Rack, plan: SparsityPlan, sparsity: float, *, rows: SparseRows
         The same model.
 
     Raises:
-        ValueError: If the plan has no such level.
+        ValueError: If the plan has no such level, or the model is sparse already.
     """
     level = plan.level(sparsity)
     for place, selector in install(model, plan.method, rows or SparseRows()).items():
@@ -73,7 +73,8 @@ class SparseBlock(nn.Module):
 
     def __init__(self, block: Any, rows: SparseRows, *, weighted: bool) -> None:
         super().__init__()
-        assert isinstance(block, Block), "this model is sparse already"
+        if not isinstance(block, Block):
+            raise ValueError("this model is sparse already: load it again for another level")
         self.attention = SparseAttention(block.attention, block.attention_norm, rows, weighted=weighted)
         kind: Any = SparseMoe if isinstance(block.mlp, Moe) else SparseMlp
         self.mlp = kind(block.mlp, block.mlp_norm, rows, weighted=weighted)

@@ -94,8 +94,9 @@ def test_a_row_of_nan_keeps_as_many_as_any() -> None:
 def test_a_norm_comes_before_its_selection() -> None:
     x_RD, gain_D = random_rows(3, 64, torch.float32), random_rows(1, 64, torch.float32)[0]
     normed_RD = F.rms_norm(x_RD, (64,), gain_D, 1e-5)
-    assert_same(norm_select(x_RD, 20, 1e-5, gain_D), select(normed_RD, 20))
-    assert torch.equal(norm_masked(x_RD, 20, 1e-5, gain_D), masked(normed_RD, 20))
+    for scale_D in (None, torch.linspace(1, 3, 64)):
+        assert_same(norm_select(x_RD, 20, 1e-5, gain_D, scale_D), select(normed_RD, 20, scale_D))
+        assert torch.equal(norm_masked(x_RD, 20, 1e-5, gain_D, scale_D), masked(normed_RD, 20, scale_D))
 
 
 def test_a_threshold_keeps_what_exceeds_it() -> None:
@@ -209,8 +210,10 @@ class TestKernels:
         gain_D = random_rows(1, 1000, dtype)[0].cuda() if gain else None
         normed_RD = norm_masked(x_RD, 1000, 1e-5, gain_D)
         assert relative_error(normed_RD, F.rms_norm(x_RD, (1000,), gain_D, 1e-5)) < tolerance
-        assert_same(norm_select(x_RD, 300, 1e-5, gain_D), select_torch(normed_RD, 300))
-        assert torch.equal(norm_masked(x_RD, 300, 1e-5, gain_D), scatter(select_torch(normed_RD, 300), 1000))
+        for scale_D in (None, torch.linspace(1, 3, 1000).cuda()):
+            true = select_torch(normed_RD, 300, scale_D)
+            assert_same(norm_select(x_RD, 300, 1e-5, gain_D, scale_D), true)
+            assert torch.equal(norm_masked(x_RD, 300, 1e-5, gain_D, scale_D), scatter(true, 1000))
 
     @pytest.mark.parametrize("gated", [False, True])
     @pytest.mark.parametrize("rows", [0, 1, 2, 8, 9])

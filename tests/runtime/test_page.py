@@ -29,7 +29,7 @@ CODE = "<b>bold</b> <script>document.title = 'taken over'</script>"
 class Writer:
     """A model that writes numbers, at its leisure; the prompt says how it goes on."""
 
-    max_model_len = 4096
+    max_model_len, sparsity = 4096, None
     created = 0
 
     def __init__(self, id: str, folder: Path) -> None:

@@ -34,6 +34,7 @@ from tests.runtime.serving import (
     replicas,
     until,
 )
+from tests.sparsity.plans import add_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 QUICK_SCALING = {"look_back_period_s": 3, "upscale_delay_s": 1, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 2}
@@ -82,9 +83,9 @@ def deploy(url: str) -> Iterator[Callable[..., str]]:
     serve.delete(APP)
 
 
-def alone(model: Path, bodies: list[dict[str, Any]]) -> list[str]:
+def alone(model: Path, bodies: list[dict[str, Any]], *, sparsity: float | None = None) -> list[str]:
     """What each request comes to when nothing else runs: one after the other, in this process."""
-    engine = load_engine(model, EngineConfig(max_num_seqs=1, enable_prefix_caching=False))
+    engine = load_engine(model, EngineConfig(max_num_seqs=1, enable_prefix_caching=False, sparsity=sparsity))
     texts = []
     for i, body in enumerate(bodies):
         sampling = Sampling(max_tokens=body["max_tokens"], temperature=body["temperature"], seed=body["seed"])
@@ -234,21 +235,26 @@ def test_who_comes_too_much_is_told_when_to_come_again(deploy: Callable[..., str
         assert answer.error["message"] == "too many requests; try again in 7 s"
 
 
-def test_several_models_in_one_app(deploy: Callable[..., str], model: Path, corpus: FilesCorpus) -> None:
+def test_several_models_in_one_app_one_of_them_sparse(
+    deploy: Callable[..., str], model: Path, corpus: FilesCorpus
+) -> None:
     other = random_model(model.parent / "other", Path(corpus.path) / "tokenizer", seed=1)
-    url = deploy(described(model), described(other, name="org/other"))
-    body = {"prompt": "import ", "temperature": 0, "seed": 0, "max_tokens": 12}
+    add_plan(other, 0.75)
+    url = deploy(described(model), described(other, name="org/other", engine={"sparsity": 0.75}))
+    body = {"prompt": "import ", "temperature": 1, "seed": 0, "max_tokens": 60}
 
     async def ask() -> list[str]:
         async with client() as session:
             async with session.get(f"{url}/v1/models") as response:
-                assert [entry["id"] for entry in (await response.json())["data"]] == ["small", "org/other"]
+                listed = [(entry["id"], entry["sparsity"]) for entry in (await response.json())["data"]]
+                assert listed == [("small", None), ("org/other", 0.75)]
                 assert "access-control-allow-origin" not in response.headers
             return [(await complete(session, url, model=name, **body)).text for name in ("small", "org/other")]
 
     first, second = asyncio.run(ask())
     assert first != second
-    assert [first, second] == [alone(model, [body])[0], alone(other, [body])[0]]
+    assert [first, second] == [alone(model, [body])[0], alone(other, [body], sparsity=0.75)[0]]
+    assert second != alone(other, [body])[0]
 
 
 def test_the_command_does_not_listen_where_it_cannot(url: str, model: Path, tmp_path: Path) -> None:

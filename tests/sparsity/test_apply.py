@@ -13,6 +13,7 @@ from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.methods import METHODS, Choice
 from raygrow.sparsity.policy import policy_loss
+from tests.growth.racks import random_rack, tiny
 from tests.sparsity.racks import KINDS, TEXT, rack, tensors
 
 TARGETS = TEXT.roll(-1, 1)
@@ -132,6 +133,19 @@ def test_decode_only_is_what_decoding_token_by_token_computes(kind):
 
 
 @torch.no_grad()
+def test_a_sparse_model_has_one_copy_of_its_weights():
+    for kind in ("gqa", "mixtral", "biases"):
+        model = rack(kind)
+        expected = sum(parameter.numel() for parameter in model.parameters())
+        install(model, "topk", SparseRows())
+        assert sum(parameter.numel() for parameter in model.parameters()) == expected
+        for stack in model.stacks:
+            assert all(block in list(model.blocks) for block in stack.blocks)
+        with pytest.raises(ValueError, match="sparse already"):
+            install(model, "topk", SparseRows())
+
+
+@torch.no_grad()
 def test_rows_do_not_depend_on_those_beside_them():
     model = rack("some dense")
     rows = SparseRows()
@@ -149,13 +163,18 @@ def test_rows_do_not_depend_on_those_beside_them():
         assert not torch.allclose(every, none)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "reglu", "layernorm"])
 @pytest.mark.parametrize("method", ["topk", "wina"])
 @torch.no_grad()
-def test_a_token_alone_is_what_it_is_among_others(method):
-    model = rack("biases")
+def test_a_token_alone_is_what_it_is_among_others(method, kind):
+    """Alone it reads lists of entries, its experts' too; among others there are zeros in products of everything."""
+    more = {"reglu": {"mlp": "reglu"}, "layernorm": {"norm": "layernorm"}}
+    model = rack(kind) if kind in KINDS else random_rack(tiny(**more[kind]), torch.float64)
     for place, selector in install(model, method, SparseRows()).items():
         selector.choice = Choice(input_size(model.config, *place) // 2)
     x_BTD = torch.randn(1, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for block in model.blocks:
+        alone = torch.cat([block.attention.qkv(x_BTD[:, t : t + 1]) for t in range(9)], dim=1)
+        torch.testing.assert_close(alone, block.attention.qkv(x_BTD), rtol=1e-12, atol=1e-12)
         alone = torch.cat([block.mlp(*[x_BTD[:, t : t + 1]] * 2) for t in range(9)], dim=1)
         torch.testing.assert_close(alone, block.mlp(x_BTD, x_BTD), rtol=1e-12, atol=1e-12)

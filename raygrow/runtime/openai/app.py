@@ -308,4 +308,5 @@ def _describe(model: Model) -> Json:
         "created": model.created,
         "owned_by": "raygrow",
         "max_model_len": model.max_model_len,
+        "sparsity": model.sparsity,
     }

@@ -28,6 +28,8 @@ class Model(Protocol):
     tokenizer: Tokenizer
     max_model_len: int
     """Tokens of a prompt and its answer together, at most."""
+    sparsity: float | None
+    """Share of the Blocks' weights that tokens of its answers skip; None for a dense model."""
     created: int
     """Seconds since 1970."""
 

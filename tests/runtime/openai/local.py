@@ -22,6 +22,7 @@ class LocalModel:
     created = 1_700_000_000
 
     def __init__(self, id: str, engine: Engine) -> None:
+        self.sparsity = engine.config.sparsity
         self.id, self.tokenizer, self.max_model_len = id, engine.tokenizer, engine.max_model_len
         self.loop = EngineLoop(engine)
 
@@ -39,7 +40,7 @@ class LocalModel:
 class Double:
     """Says the given pieces; then ends as told. Notes what it was asked, and how many answers are being written."""
 
-    created = 1_700_000_000
+    created, sparsity = 1_700_000_000, None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.id, self.tokenizer, self.max_model_len = "double", tokenizer, 64
