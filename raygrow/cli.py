@@ -1,6 +1,6 @@
 """The `raygrow` command. The only file that knows Hydra: it composes a plain tree, and `config.build` takes over.
 
-Words become a call of a function in `commands.py`; an error that people can mend becomes one paragraph.
+Words become a call of a function in `composed.py` or `commands.py`; an error that people can mend is one paragraph.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raygrow.commands import COMMANDS
+from raygrow.composed import COMPOSED
 
 OVERVIEW = """\
 raygrow pre-trains language models by growth: train a small one, grow it, go on training.
@@ -31,6 +32,7 @@ raygrow pre-trains language models by growth: train a small one, grow it, go on 
   serve     raygrow serve runs/tiny-gstack                    OpenAI's API and a page to chat, on Ray Serve
             raygrow chat http://localhost:8000                or in the terminal
   export    raygrow export runs/tiny-gstack OUT --format hf   a folder for transformers
+  all       raygrow pipeline                                  the whole way: text, growth, sparse model, server
   sparse    raygrow sparsify runs/tiny-gstack OUT data=data/python_source     decoding reads part of the weights
   by hand   raygrow grow SMALL BIG operator=gstack factor=2   grow any model folder
   plan      raygrow timing --params 7e9 --tokens 2e12         when to grow
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     parser = _parser()
     parsed, rest = parser.parse_known_args(words)
-    composed = words[0] in ("prepare", "train", "tune")
+    composed = words[0] in {run.__name__ for run, _ in COMPOSED}
     # settings may also follow options, where argparse does not know them for what they are
     takes_settings = composed or words[0] == "serve"
     if unknown := [word for word in rest if not takes_settings or word.startswith("-")]:
@@ -105,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="raygrow", usage="raygrow COMMAND ...", description=OVERVIEW, formatter_class=_Formatter
     )
     commands = parser.add_subparsers(prog="raygrow", metavar="COMMAND", required=True)
-    for run, arguments in COMMANDS:
+    for run, arguments in (*COMPOSED, *COMMANDS):
         explained = inspect.getdoc(run) or ""
         summary = explained.partition("\n")[0].rstrip(".")
         command = commands.add_parser(run.__name__, help=summary, description=explained, formatter_class=_Formatter)

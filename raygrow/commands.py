@@ -5,152 +5,16 @@ Imports of torch and Ray wait inside the functions, so that help and arithmetic 
 
 import argparse
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-Argument = tuple[str, dict[str, Any]]
-COMMANDS: list[tuple[Callable[..., int], tuple[Argument, ...]]] = []
-"""Every command's function, which gives it its name and help, and the arguments it takes."""
+from raygrow.command import MODEL, SETTINGS, TARGET, argument, registry
+
+COMMANDS, command = registry()
 
 
-def _argument(name: str, text: str, **options: Any) -> Argument:
-    default = f" (default: {options['default']})" if options.get("default") else ""
-    return name, {"help": text + default, **options}
-
-
-def _command(*arguments: Argument) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    def register(run: Callable[..., int]) -> Callable[..., int]:
-        COMMANDS.append((run, arguments))
-        return run
-
-    return register
-
-
-MODEL = _argument("model", "model folder, or a finished run", type=Path, metavar="MODEL")
-TARGET = _argument("target", "folder to write", type=Path, metavar="OUT")
-SETTINGS = {"nargs": "*", "metavar": "KEY=VALUE"}
-COMPOSING = (
-    _argument("--config-name", "a file of raygrow/conf, such as quickstart", metavar="NAME", default="train"),
-    _argument("--config-dir", "a folder with more files of settings", metavar="FOLDER"),
-    _argument("--cfg", "print the settings, do nothing", choices=("job", "hydra", "all")),
-    _argument("--resolve", "with --cfg: with references to other settings filled in", action="store_true"),
-    _argument("--multirun", "one after the other, where a key has several values", action="store_true"),
-)
-"""Options of the commands whose settings are composed from files."""
-TUNING = (_argument("--config-name", "a file of raygrow/conf", metavar="NAME", default="tune"), *COMPOSING[1:])
-
-
-@_command(
-    _argument("settings", "a group's file (data=files) or one value (data.path=data/mine)", **SETTINGS), *COMPOSING
-)
-def prepare(tree: dict[str, Any]) -> int:
-    """Turn text into token shards.
-
-    Reads a corpus, trains a tokenizer (or takes a finished one), drops exact duplicates, sets documents aside for
-    validation, and writes shards with a manifest to the folder `data.path`.
-
-    Examples:
-      raygrow prepare                                              Python's standard library
-      raygrow prepare data.roots=site-packages data.path=data/packages             and every installed package
-      raygrow prepare data=files data.files='texts/**/*.txt'       your own text, jsonl or parquet
-      raygrow prepare data=dataset data.dataset=FOLDER_OR_NAME     what `datasets` loads
-      raygrow prepare data=files data.files=big.parquet data.engine=ray            more than fits in memory
-      raygrow prepare data=files data.files=a.jsonl data.tokenizer.path=FOLDER     with a finished tokenizer
-      raygrow prepare dry_run=true                                 print all settings, do nothing
-    """
-    from raygrow.config import RunConfig, as_yaml, build
-    from raygrow.runtime.data import prepare_data
-    from raygrow.runtime.progress import progress_bars
-
-    run: RunConfig = build(RunConfig, tree)
-    if run.dry_run:
-        print(as_yaml({"data": run.data}), end="")
-        return 0
-    with progress_bars() as progress:
-        manifest = prepare_data(run.data, progress=progress)
-    for name, split in manifest.splits.items():
-        print(f"{run.data.path}  {name:<10} {split.documents:>9,} documents  {split.tokens:>13,} tokens")
-    return 0
-
-
-@_command(
-    _argument("settings", "a group's file (plan=gstack) or one value (train.seq_len=1024)", **SETTINGS), *COMPOSING
-)
-def train(tree: dict[str, Any]) -> int:
-    """Train a model by a plan.
-
-    Trains `model` by `plan` on Ray Train and writes the run's folder, <storage_path>/<name>. Started again under the
-    same name, it goes on where it stopped.
-
-    Examples:
-      raygrow train model=decoder/llama/tiny plan=gstack           what is trained when nothing is said
-      raygrow train control=true workers.num=2                     also from scratch, on two workers
-      raygrow train plan.phases.stacked.growth.factor=2            stack twice instead of four times
-      raygrow train plan=multistage_450m                           dense, experts, width, depth; brings its model along
-      raygrow train dry_run=true                                   all settings, parameters, FLOPs, memory, phases;
-                                                                   trains nothing
-      raygrow train --multirun plan=gstack,scratch                 one after the other
-      raygrow train --multirun train.optimizer.lr=1e-3,2e-3 'name=lr-${train.optimizer.lr}'
-      raygrow train --config-name quickstart                       what `make quickstart` runs
-      ray job submit --working-dir . -- python jobs/train.py model=decoder/llama/1b workers.num=8
-    """
-    from raygrow.config import RunConfig, as_yaml, build
-
-    run: RunConfig = build(RunConfig, tree)
-    if run.dry_run:
-        from raygrow.train.dry_run import describe
-        from raygrow.train.plan import resolve
-
-        table = describe(resolve(run.plan, run.model, run.train), run.train, workers=run.workers.fewest)
-        print(as_yaml(run), table, sep="\n")
-        return 0
-    from raygrow.runtime.train import train
-
-    return train(run)
-
-
-@_command(
-    _argument("settings", "a group's file (space=growth_factor) or one value (train.seq_len=1024)", **SETTINGS), *TUNING
-)
-def tune(tree: dict[str, Any]) -> int:
-    """Search when to grow, by how much, and how.
-
-    Tries out the values that `space` names, a file of tune_spaces/ or your own, on Ray Tune. All trials of a search
-    have the same final model, data and FLOPs; what trials have in common is trained once. The folder of the search,
-    <storage_path>/<name>, has a report, the table of trials and the best plan. Started again under the same name, it
-    goes on where it stopped.
-
-    Examples:
-      raygrow tune                                                 when to grow the tiny model
-      raygrow tune space=growth_factor plan.tokens=1e8             by how much
-      raygrow tune space=growth_schedule space.samples=40          learning rate, warmup, Adam's state
-      raygrow tune space=growth_budget                             when, and by how much, at every budget
-      raygrow tune space=my/space.yaml model=decoder/llama/small   your own file
-      raygrow tune space.trial.gpus=0.25                           four trials on every GPU
-      raygrow tune space.asha=null                                 every trial to its end
-      raygrow tune dry_run=true                                    trials, FLOPs, and what sharing saves; trains nothing
-      raygrow tune --config-name tune_quickstart                   a few minutes on two CPU cores
-      ray job submit --working-dir . -- python jobs/tune.py space=growth_timing model=decoder/llama/small
-    """
-    from raygrow.config import build
-    from raygrow.space import SpaceConfig
-    from raygrow.trials import Search, describe
-
-    if "space" not in tree:
-        raise ValueError("space is missing: name a file of tune_spaces/, such as space=growth_timing")
-    space: SpaceConfig = build(SpaceConfig, tree["space"], "space")
-    search = Search({key: value for key, value in tree.items() if key != "space"}, space)
-    if search.run.dry_run:
-        print(describe(search))
-        return 0
-    from raygrow.runtime.tune import run_search
-
-    return run_search(search)
-
-
-@_command(MODEL, TARGET, _argument("settings", "operator=gstack and its settings, format=hf or raygrow", **SETTINGS))
+@command(MODEL, TARGET, argument("settings", "operator=gstack and its settings, format=hf or raygrow", **SETTINGS))
 def grow(parsed: argparse.Namespace) -> int:
     """Grow a model folder.
 
@@ -190,10 +54,10 @@ def grow(parsed: argparse.Namespace) -> int:
     return 0
 
 
-@_command(
-    _argument("--params", "non-embedding parameters of the target, e.g. 7e9", type=float, required=True, metavar="N"),
-    _argument("--tokens", "tokens of the run, e.g. 2e12", type=float, required=True, metavar="D"),
-    _argument("--factor", "how many times deeper than the base the target is", type=int, default=4),
+@command(
+    argument("--params", "non-embedding parameters of the target, e.g. 7e9", type=float, required=True, metavar="N"),
+    argument("--tokens", "tokens of the run, e.g. 2e12", type=float, required=True, metavar="D"),
+    argument("--factor", "how many times deeper than the base the target is", type=int, default=4),
 )
 def timing(parsed: argparse.Namespace) -> int:
     """When to grow.
@@ -210,13 +74,13 @@ def timing(parsed: argparse.Namespace) -> int:
     return 0
 
 
-@_command(
+@command(
     MODEL,
-    _argument("--data", "folder of prepared data", type=Path, required=True),
-    _argument("--sequences", "how many to score; 0 is all", type=int, default=0),
-    _argument("--seq-len", "tokens in each; what a run trained with, or else the model's most", type=int),
-    _argument("--sparsity", "a level of a model that was made sparse; it runs dense when not given", type=float),
-    _argument("--policy", "which tokens are sparse", choices=("decode", "all"), default="decode"),
+    argument("--data", "folder of prepared data", type=Path, required=True),
+    argument("--sequences", "how many to score; 0 is all", type=int, default=0),
+    argument("--seq-len", "tokens in each; what a run trained with, or else the model's most", type=int),
+    argument("--sparsity", "a level of a model that was made sparse; it runs dense when not given", type=float),
+    argument("--policy", "which tokens count, and are sparse; dense all, sparse decode", choices=("decode", "all")),
 )
 def evaluate(parsed: argparse.Namespace) -> int:
     """Loss, perplexity and bits per byte.
@@ -247,10 +111,10 @@ def evaluate(parsed: argparse.Namespace) -> int:
     return 0
 
 
-@_command(
+@command(
     MODEL,
     TARGET,
-    _argument("settings", "data=FOLDER, sparsity=0.4, method=larosa, rotation=block and others", **SETTINGS),
+    argument("settings", "data=FOLDER, sparsity=0.4, method=larosa, rotation=block and others", **SETTINGS),
 )
 def sparsify(parsed: argparse.Namespace) -> int:
     """Make a model sparse.
@@ -286,7 +150,7 @@ def sparsify(parsed: argparse.Namespace) -> int:
     return 0
 
 
-@_command(MODEL, TARGET, _argument("--format", "whose format", choices=("hf", "raygrow"), default="hf"))
+@command(MODEL, TARGET, argument("--format", "whose format", choices=("hf", "raygrow"), default="hf"))
 def export(parsed: argparse.Namespace) -> int:
     """Write a model as a folder for other programs.
 
@@ -317,9 +181,9 @@ def export(parsed: argparse.Namespace) -> int:
     return 0
 
 
-@_command(
-    _argument("runs", "run folder, or folder of a search", type=Path, nargs="+", metavar="RUN"),
-    _argument("--out", "folder to write to; the first run's when not given", type=Path),
+@command(
+    argument("runs", "run folder, or folder of a search or a pipeline", type=Path, nargs="+", metavar="RUN"),
+    argument("--out", "folder to write to; the first run's when not given", type=Path),
 )
 def report(parsed: argparse.Namespace) -> int:
     """Loss against FLOPs, growth checks, and who won.
@@ -342,13 +206,13 @@ def report(parsed: argparse.Namespace) -> int:
     return 0
 
 
-@_command(
+@command(
     MODEL,
-    _argument("--prompt", "text to continue; a new document when not given", default=""),
-    _argument("--tokens", "tokens to add at most", type=int, default=200),
-    _argument("--temperature", "0 takes the likeliest token", type=float, default=0.8),
-    _argument("--top-p", "share of likely tokens to draw from", type=float, default=0.95),
-    _argument("--seed", "the same seed gives the same text", type=int, default=0),
+    argument("--prompt", "text to continue; a new document when not given", default=""),
+    argument("--tokens", "tokens to add at most", type=int, default=200),
+    argument("--temperature", "0 takes the likeliest token", type=float, default=0.8),
+    argument("--top-p", "share of likely tokens to draw from", type=float, default=0.95),
+    argument("--seed", "the same seed gives the same text", type=int, default=0),
 )
 def generate(parsed: argparse.Namespace) -> int:
     """Continue a prompt.
@@ -370,13 +234,13 @@ def generate(parsed: argparse.Namespace) -> int:
     return 0
 
 
-@_command(
-    _argument("models", "model folders or finished runs, and settings as KEY=VALUE", nargs="+", metavar="MODEL"),
-    _argument("--name", "what clients call the model; its folder's name when not given"),
-    _argument("--sparsity", "a level of a model that was made sparse; it runs dense when not given", type=float),
-    _argument("--host", "where to listen; 0.0.0.0 lets other machines in", default="127.0.0.1"),
-    _argument("--port", "the port there", type=int, default=8000),
-    _argument("--yaml", "print the app as `serve deploy` takes it, start nothing", action="store_true"),
+@command(
+    argument("models", "model folders or finished runs, and settings as KEY=VALUE", nargs="+", metavar="MODEL"),
+    argument("--name", "what clients call the model; its folder's name when not given"),
+    argument("--sparsity", "a level of a model that was made sparse; it runs dense when not given", type=float),
+    argument("--host", "where to listen; 0.0.0.0 lets other machines in", default="127.0.0.1"),
+    argument("--port", "the port there", type=int, default=8000),
+    argument("--yaml", "print the app as `serve deploy` takes it, start nothing", action="store_true"),
 )
 def serve(parsed: argparse.Namespace) -> int:
     """Serve models to OpenAI clients and browsers.
@@ -412,14 +276,14 @@ def serve(parsed: argparse.Namespace) -> int:
     return serve_models(config, host=parsed.host, port=parsed.port, api_key=os.environ.get("RAYGROW_API_KEY"))
 
 
-@_command(
-    _argument("place", "a server's URL, or a model folder or finished run", metavar="URL|MODEL"),
-    _argument("--model", "which of a server's models; its first when not given"),
-    _argument("--system", "what the model is told before the conversation"),
-    _argument("--tokens", "tokens of an answer at most", type=int, default=512),
-    _argument("--temperature", "0 takes the likeliest token", type=float, default=0.8),
-    _argument("--top-p", "share of likely tokens to draw from", type=float, default=0.95),
-    _argument("--seed", "the same seed gives the same answers", type=int),
+@command(
+    argument("place", "a server's URL, or a model folder or finished run", metavar="URL|MODEL"),
+    argument("--model", "which of a server's models; its first when not given"),
+    argument("--system", "what the model is told before the conversation"),
+    argument("--tokens", "tokens of an answer at most", type=int, default=512),
+    argument("--temperature", "0 takes the likeliest token", type=float, default=0.8),
+    argument("--top-p", "share of likely tokens to draw from", type=float, default=0.95),
+    argument("--seed", "the same seed gives the same answers", type=int),
 )
 def chat(parsed: argparse.Namespace) -> int:
     """Talk to a model in the terminal.

@@ -42,8 +42,8 @@ class EvaluationRecord:
     seq_len: int
     sparsity: float | None
     """Of a model that has been made sparse; None where it ran dense."""
-    policy: Policy | None
-    """Which tokens were sparse, and which of them counted, see `sparsity/policy.py`."""
+    policy: Policy
+    """Which tokens counted, and were sparse if any were, see `sparsity/policy.py`."""
     device: str
     dtype: str
     model: str
@@ -69,7 +69,7 @@ def evaluate_model(
     seq_len: int | None = None,
     batch_size: int = 8,
     sparsity: float | None = None,
-    policy: Policy = "decode",
+    policy: Policy | None = None,
     device: str | None = None,
     progress: Progress = silent,
 ) -> EvaluationRecord:
@@ -82,7 +82,8 @@ def evaluate_model(
         seq_len: Tokens in each; the model's `max_seq_len` when not given.
         batch_size: Sequences in one forward pass.
         sparsity: A level of a model that has been made sparse; it runs dense when not given.
-        policy: Which tokens are sparse then. Of `decode`, the second half of each sequence counts.
+        policy: Which tokens count, and are sparse if any are: of `decode` the second half of each sequence. When not
+            given, `all` for a dense model and `decode` for a sparse one.
         device: `cuda`, `cpu`, ...; CUDA where there is one when not given.
         progress: Called after each batch.
 
@@ -110,8 +111,8 @@ def evaluate_model(
     if not 1 <= seq_len <= model.config.max_seq_len:
         raise ValueError(f"seq_len={seq_len}: this model takes 1 to {model.config.max_seq_len} tokens")
     batch = fixed_batch(tokens, sequences, seq_len)
-    if sparsity is not None:
-        batch = under_policy(batch, rows, policy)
+    policy = policy or ("all" if sparsity is None else "decode")
+    batch = under_policy(batch, rows, policy)
     logger.info("evaluating %s on %s, %d sequences of %d tokens", model_folder, place, *batch[0].shape)
     started = time.perf_counter()
     total, count = sum_loss(model, _parts(batch, batch_size, place, progress))
@@ -125,7 +126,7 @@ def evaluate_model(
         sequences=batch[0].shape[0],
         seq_len=batch[0].shape[1],
         sparsity=sparsity,
-        policy=None if sparsity is None else policy,
+        policy=policy,
         device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
         model=str(model_folder),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import Tokens, check_tokenizer, open_tokens
+from raygrow.nn.config import ModelConfig
 from raygrow.progress import Progress, silent
 from raygrow.sparsity.sparsify import Sparsified, SparsifyConfig, Texts, check_source, sparsify_folder
 from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
@@ -48,11 +49,7 @@ def _texts(folder: ModelFolder, data_path: Path, config: SparsifyConfig) -> Text
             f"{folder.path} knows {folder.config.vocab_size} tokens, but {data_path} was prepared with a tokenizer of "
             f"{train.manifest.vocab_size}: prepare the data with the model's own tokenizer"
         )
-    longest = folder.config.max_seq_len
-    seq_len = config.seq_len or min(longest, LONGEST)
-    if not 2 <= seq_len <= longest:
-        raise ValueError(f"seq_len={seq_len}: this model takes 2 to {longest} tokens")
-    _check_length(train, seq_len, config.sequences, folder, data_path)
+    seq_len = check_calibration(train, folder.config, config, data_path)
     return Texts(
         name=str(data_path),
         calibration=fixed_batch(train, config.sequences, seq_len),
@@ -60,15 +57,34 @@ def _texts(folder: ModelFolder, data_path: Path, config: SparsifyConfig) -> Text
     )
 
 
-def _check_length(tokens: Tokens, seq_len: int, sequences: int, folder: ModelFolder, data_path: Path) -> None:
-    held = sum((len(shard) - 1) // seq_len for shard in tokens.shards)
-    if held < sequences:
+def calibration_length(model: ModelConfig, config: SparsifyConfig) -> int:
+    """Tokens in a sequence of the calibration text, settled.
+
+    Raises:
+        ValueError: If the model does not take as many, or the text would be too short to tell anything.
+    """
+    seq_len = config.seq_len or min(model.max_seq_len, LONGEST)
+    if not 2 <= seq_len <= model.max_seq_len:
+        raise ValueError(f"seq_len={seq_len}: this model takes 2 to {model.max_seq_len} tokens")
+    if config.sequences * seq_len < model.d_model:
         raise ValueError(
-            f"{data_path}: calibration needs {sequences} sequences of {seq_len} tokens, the train split holds {held}: "
-            "prepare more text, or lower sequences or seq_len"
-        )
-    if sequences * seq_len < folder.config.d_model:
-        raise ValueError(
-            f"sequences={sequences}, seq_len={seq_len}: fewer tokens than d_model={folder.config.d_model}, too few to "
+            f"sequences={config.sequences}, seq_len={seq_len}: fewer tokens than d_model={model.d_model}, too few to "
             "tell where the energy of the activations lies; raise one of them"
         )
+    return seq_len
+
+
+def check_calibration(tokens: Tokens, model: ModelConfig, config: SparsifyConfig, data_path: Path) -> int:
+    """Makes sure that a train split is long enough to calibrate on; tokens in a sequence of it.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    seq_len = calibration_length(model, config)
+    held = sum((len(shard) - 1) // seq_len for shard in tokens.shards)
+    if held < config.sequences:
+        raise ValueError(
+            f"{data_path}: calibration needs {config.sequences} sequences of {seq_len} tokens, the train split holds "
+            f"{held}: prepare more text, or lower sequences or seq_len"
+        )
+    return seq_len

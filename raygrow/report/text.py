@@ -10,12 +10,14 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table as RichTable
 
+from raygrow.report.pipeline import are_pipelines, load_pipeline
+from raygrow.report.pipeline_summary import summarize_pipeline
 from raygrow.report.runs import load_runs
 from raygrow.report.search import are_searches, load_search
 from raygrow.report.search_summary import summarize_search
 from raygrow.report.summary import Table, summarize
 
-SHOWN = ("Runs", "Speedup at equal loss", "Growth", "Settings", "The timing formula, refitted")
+SHOWN = ("Stages", "Sparsity", "Runs", "Speedup at equal loss", "Growth", "Settings", "The timing formula, refitted")
 """Tables that fit a terminal; the HTML report has all of them."""
 
 MOST_ROWS = 12
@@ -25,10 +27,11 @@ COLORS = {"won": "green", "lost": "red", "tied": "yellow", "open": "cyan"}
 
 
 def print_summary(runs: Sequence[Path], console: Console | None = None, *, out: Path | None = None) -> None:
-    """Prints what came out of run folders or of searches: the verdict in words, then the main tables.
+    """Prints what came out of run folders, searches or a pipeline: the verdict in words, then the main tables.
 
     Args:
-        runs: Run folders, or folders of searches. The control of a run (`<name>-scratch` beside it) is added by itself.
+        runs: Run folders, folders of searches, or that of a pipeline. The control of a run (`<name>-scratch` beside it)
+            is added by itself.
         console: Where to print; standard output when not given.
         out: Where the report with the best plan of a search is; the first folder when not given.
 
@@ -37,8 +40,12 @@ def print_summary(runs: Sequence[Path], console: Console | None = None, *, out: 
         ValueError: If a file in a folder is damaged, or runs and searches are mixed.
     """
     console = console or Console(highlight=False)
-    searched = are_searches(runs)
-    summary = summarize_search(load_search(runs), out or runs[0]) if searched else summarize(load_runs(runs))
+    if are_pipelines(runs):
+        summary = summarize_pipeline(load_pipeline(runs[0]))
+    elif are_searches(runs):
+        summary = summarize_search(load_search(runs), out or runs[0])
+    else:
+        summary = summarize(load_runs(runs))
     console.print(f"\n[bold {COLORS[summary.outcome]}]{escape(summary.headline)}[/]")
     for sentence in summary.sentences:
         console.print(escape(sentence))

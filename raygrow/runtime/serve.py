@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -173,7 +173,14 @@ def _engines(llm: LLMConfig) -> serve.Application:
     ).bind(str(llm.model_loading_config.folder), llm.engine_kwargs)
 
 
-def serve_models(config: ServeConfig, *, host: str, port: int, api_key: str | None = None) -> int:
+def serve_models(
+    config: ServeConfig,
+    *,
+    host: str,
+    port: int,
+    api_key: str | None = None,
+    ready: Callable[[str], bool] = lambda address: True,
+) -> int:
     """Serves until told to stop (Ctrl-C, SIGTERM); then streams finish, and the app goes. Told again, it goes at once.
 
     Args:
@@ -181,6 +188,7 @@ def serve_models(config: ServeConfig, *, host: str, port: int, api_key: str | No
         host: Where to listen.
         port: The port there.
         api_key: What clients have to show, unless the configuration says.
+        ready: Called with the address when all is there; whether to go on serving.
 
     Raises:
         OSError: If the port is taken.
@@ -216,6 +224,8 @@ def serve_models(config: ServeConfig, *, host: str, port: int, api_key: str | No
         started.set()
         names, address = ", ".join(llm.model_id for llm in config.llm_configs), _address(host, port)
         logger.info("%s at %s (a page to chat) and %s/v1", names, address, address)
+        if not ready(address):
+            stop.set()
         stop.wait()
         logger.info("stopping: answers that are being written are finished first; Ctrl-C again stops at once")
         _end_app()

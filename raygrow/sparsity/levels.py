@@ -41,6 +41,8 @@ class Levels:
         self.model, self.method, self.batch_size = model, method, batch_size
         self.config: ModelConfig = model.config
         self.rows = SparseRows()
+        self.tokens = tokens_BT.numel()
+        """That have gone through the model."""
         self.selectors = install(model, method, self.rows)
         self._magnitudes = magnitudes
         self._divergence = Divergence(model, tokens_BT, batch_size=batch_size)
@@ -92,4 +94,6 @@ class Levels:
         if share <= 0:
             return Choice(size)
         keep = min(size, max(1, round((1 - share) * size)))
+        self.tokens += self._divergence.tokens
         return Choice(keep, self._magnitudes[place].quantile(share) if self.method == "teal" else None)
+        self.tokens += batch[0].numel()

@@ -75,6 +75,7 @@ class Divergence:
     def __init__(self, model: Rack, tokens_BT: Tensor, *, batch_size: int = 8) -> None:
         self._model, self._batches = model, tokens_BT.split(batch_size)
         self._device = model.embedding.weight.device
+        self.tokens = tokens_BT.numel()
         self._dense_ND = [self._hidden(tokens) for tokens in self._batches]
 
     @torch.inference_mode()
@@ -86,7 +87,7 @@ class Divergence:
             for dense, sparse in zip(dense_ND.split(CHUNK), sparse_ND.split(CHUNK), strict=True):
                 expected, found = self._log_probabilities(dense), self._log_probabilities(sparse)
                 total += F.kl_div(found, expected, reduction="sum", log_target=True).double()
-        return total.item() / sum(batch.numel() for batch in self._batches)
+        return total.item() / self.tokens
 
     def _log_probabilities(self, x_ND: Tensor) -> Tensor:
         logits = F.linear(x_ND * self._model.config.logit_scale, self._model.head_weight)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raygrow.nn.config import ModelConfig
 from raygrow.nn.rack import Rack
 from raygrow.progress import Progress, silent
 from raygrow.sparsity import allocate
@@ -112,6 +113,8 @@ class Sparsified:
     plan: SparsityPlan
     rows: list[Row]
     """What the levels cost, the dense model first."""
+    tokens: int
+    """That have gone through the model on the way, to calibrate, to search and to measure."""
 
 
 def check_source(folder: ModelFolder, config: SparsifyConfig) -> None:
@@ -129,14 +132,26 @@ def check_source(folder: ModelFolder, config: SparsifyConfig) -> None:
         raise ValueError(
             f"{folder.path} is rotated already (rotation={rotation}): sparsify the model that it was made from"
         )
-    if folder.config.attention_mode != "causal":
+    check_model(folder.config, config, str(folder.path))
+
+
+def check_model(model: ModelConfig, config: SparsifyConfig, name: str) -> None:
+    """Says what stands against making a model of this kind sparse.
+
+    Args:
+        model: The dense model, which is not rotated.
+        config: How it is to be made sparse.
+        name: What to call it.
+
+    Raises:
+        ValueError: If it cannot be made sparse so, or has not enough to drop.
+    """
+    if model.attention_mode != "causal":
         raise ValueError(
-            f"{folder.path}: attention_mode={folder.config.attention_mode}: only a model that generates text has "
+            f"{name}: attention_mode={model.attention_mode}: only a model that generates text has "
             "tokens to decode sparsely"
         )
-    target = folder.config
-    if config.basis != "none":
-        target = absorbed_config(folder.config, config.basis)
+    target = model if config.basis == "none" else absorbed_config(model, config.basis)
     for level in config.levels:
         allocate.uniform(target, level)
 
@@ -185,7 +200,9 @@ def sparsify_folder(
         )
         plan.save(aside)
         (aside / CARD_FILE).write_text(card(folder, plan, rows, config.split, texts.name, texts.validation[0].shape))
-    return Sparsified(plan=plan, rows=rows)
+    measured_dense, calibrated = len(POLICIES) * texts.validation[0].numel(), texts.calibration[0].numel()
+    passes = (config.basis != "none") + (config.method == "teal")
+    return Sparsified(plan=plan, rows=rows, tokens=measured_dense + passes * calibrated + levels.tokens)
 
 
 def _write_model(
