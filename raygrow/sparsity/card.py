@@ -15,6 +15,8 @@ _METHODS = {
     "teal": "the entries above a calibrated threshold (TEAL)",
     "rotated_wina": "in a calibrated basis, the entries whose magnitude times the norm of their column is largest, as "
     "many of every token",
+    "relu": "what is not zero: the model was trained to have many hidden units at exactly zero, and nothing else is "
+    "dropped",
 }
 _ROTATIONS = {
     "none": "none: the weights are those of the dense model",

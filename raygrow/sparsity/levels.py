@@ -38,7 +38,8 @@ class Levels:
         *,
         batch_size: int = 8,
     ) -> None:
-        self.model, self.method, self.batch_size = model, method, batch_size
+        self.model, self.batch_size = model, batch_size
+        self.method: Method = method
         self.config: ModelConfig = model.config
         self.rows = SparseRows()
         self.tokens = tokens_BT.numel()
@@ -70,6 +71,22 @@ class Levels:
                 best = found
         return make_level(self.config, self.choices(best))
 
+    def zeros(self) -> Level:
+        """The one level of method `relu`: the hidden units that are zero, of which there are as many as the calibration
+        text says.
+        """
+        hidden = {place: selector for place, selector in self.selectors.items() if place[1] == "down"}
+        self._set({place: Choice(selector.size, 0.0) for place, selector in hidden.items()})
+        for selector in hidden.values():
+            selector.seen = (0, 0)
+        self._divergence.measure()
+        choices = self.choices({})
+        for place, selector in hidden.items():
+            kept, total = selector.seen or (0, 0)
+            selector.seen = None
+            choices[place] = Choice(max(1, round(kept / total * selector.size)), 0.0)
+        return make_level(self.config, choices, self.method)
+
     def choices(self, split: Split) -> dict[Place, Choice]:
         """What is kept under a split; everything of inputs that it does not name."""
         return {place: self._choice(place, split.get(place, 0.0)) for place in self.selectors}
@@ -78,11 +95,13 @@ class Levels:
         """How far a split takes the model from the dense one on the calibration text, all tokens sparse."""
         self._set(self.choices(split))
         self.rows.start, self.rows.stop = 0, None
+        self.tokens += self._divergence.tokens
         return self._divergence.measure()
 
     def measure(self, choices: Mapping[Place, Choice], batch: tuple[Tensor, Tensor], policy: Policy) -> float:
         """Nats per token on a text; `choices` of no input are the dense model."""
         self._set(choices)
+        self.tokens += batch[0].numel()
         return policy_loss(self.model, self.rows, batch, policy, batch_size=self.batch_size)[0]
 
     def _set(self, choices: Mapping[Place, Choice]) -> None:
@@ -94,6 +113,4 @@ class Levels:
         if share <= 0:
             return Choice(size)
         keep = min(size, max(1, round((1 - share) * size)))
-        self.tokens += self._divergence.tokens
         return Choice(keep, self._magnitudes[place].quantile(share) if self.method == "teal" else None)
-        self.tokens += batch[0].numel()

@@ -7,6 +7,7 @@
 | `wina`         | magnitude x norm of the column | as many of every token     | the model's   | arXiv 2505.19427 |
 | `teal`         | magnitude                      | what exceeds a threshold   | the model's   | arXiv 2408.14690 |
 | `rotated_wina` | magnitude x norm of the column | as many of every token     | one for all   |                  |
+| `relu`         | magnitude, of hidden units     | what is not zero           | the model's   |                  |
 
 A column is what an entry is multiplied by, in all projections that read the input together. The basis is what a method
 has unless another is asked for.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from raygrow.kernels.sparse_linear import above, masked
 
-Method = Literal["larosa", "topk", "wina", "teal", "rotated_wina"]
+Method = Literal["larosa", "topk", "wina", "teal", "rotated_wina", "relu"]
 METHODS: tuple[Method, ...] = get_args(Method)
 WEIGHTED: tuple[Method, ...] = ("wina", "rotated_wina")
 Rotation = Literal["none", "global", "block"]
@@ -31,6 +32,7 @@ ROTATIONS: dict[Method, Rotation] = {
     "wina": "none",
     "teal": "none",
     "rotated_wina": "global",
+    "relu": "none",
 }
 """The basis of each method."""
 

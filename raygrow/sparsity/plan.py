@@ -99,14 +99,21 @@ class SparsityPlan:
         (folder / PLAN_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def make_level(config: ModelConfig, choices: Mapping[Place, Choice]) -> Level:
+def make_level(config: ModelConfig, choices: Mapping[Place, Choice], method: Method = "topk") -> Level:
     """A level, with what it saves worked out."""
     dropped = sum(
-        input_weights(config, *place) * (1 - choice.keep / input_size(config, *place))
+        _weights(config, method, place) * (1 - choice.keep / input_size(config, *place))
         for place, choice in choices.items()
     )
     nominal = dropped / block_weights(config)
     return Level(nominal=nominal, skipped=nominal - adapter_share(config), choices=choices)
+
+
+def _weights(config: ModelConfig, method: Method, place: Place) -> int:
+    """Weights of a place that need not be read when all of its entries are dropped."""
+    weights = input_weights(config, *place)
+    # a unit that its gate has made zero needs neither its part of `down` nor that of `up`
+    return 2 * weights if method == "relu" and config.gated and place[1] == "down" else weights
 
 
 def load_plan(folder: str | Path, config: ModelConfig) -> SparsityPlan:
@@ -126,7 +133,7 @@ def load_plan(folder: str | Path, config: ModelConfig) -> SparsityPlan:
         if content.get("version") != VERSION:
             raise ValueError(f"version {content.get('version')!r}, this raygrow reads {VERSION}")
         method, rotation = _one_of(content, "method", METHODS), _one_of(content, "rotation", get_args(Rotation))
-        levels = {float(key): _read_level(level, config) for key, level in content["levels"].items()}
+        levels = {float(key): _read_level(level, config, method) for key, level in content["levels"].items()}
         calibration = Calibration(**content["calibration"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -137,7 +144,7 @@ def load_plan(folder: str | Path, config: ModelConfig) -> SparsityPlan:
     return SparsityPlan(method=method, rotation=rotation, calibration=calibration, levels=levels)
 
 
-def _read_level(tree: dict[str, Any], config: ModelConfig) -> Level:
+def _read_level(tree: dict[str, Any], config: ModelConfig, method: Method) -> Level:
     blocks = tree["blocks"]
     if len(blocks) != config.n_blocks:
         raise ValueError(f"it is about a model of {len(blocks)} blocks, this one has {config.n_blocks}")
@@ -149,7 +156,7 @@ def _read_level(tree: dict[str, Any], config: ModelConfig) -> Level:
         if choice.threshold is not None and type(choice.threshold) is not float:
             raise ValueError(f"block {block}: threshold {choice.threshold!r} of `{name}` is no number")
         choices[block, name] = choice
-    return make_level(config, choices)
+    return make_level(config, choices, method)
 
 
 def _one_of(content: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:

@@ -46,7 +46,8 @@ class SparsifyConfig:
     """
 
     sparsity: float | tuple[float, ...] = (0.25, 0.4, 0.5)
-    """Shares of the Blocks' weights that a token is not to multiply by; a level for each."""
+    """Shares of the Blocks' weights that a token is not to multiply by; a level for each. Method `relu` has one level,
+    what the model does by itself, under its own share."""
     method: Method = "rotated_wina"
     """Which entries are kept, see `sparsity/methods.py`."""
     rotation: Literal["auto", "none", "global", "block"] = "auto"
@@ -152,6 +153,13 @@ def check_model(model: ModelConfig, config: SparsifyConfig, name: str) -> None:
             "tokens to decode sparsely"
         )
     target = model if config.basis == "none" else absorbed_config(model, config.basis)
+    if config.method == "relu":
+        if not model.rectified:
+            raise ValueError(
+                f"{name}: method=relu: hidden units of mlp={model.mlp} are never exactly zero, only those of models "
+                "that were trained with mlp=reglu, relu or relu2"
+            )
+        return
     for level in config.levels:
         allocate.uniform(target, level)
 
@@ -185,8 +193,8 @@ def sparsify_folder(
         search_BT = texts.calibration[0][: config.search_sequences]
         levels = Levels(model, config.method, magnitudes, search_BT, batch_size=config.batch_size)
         found: dict[float, Level] = {}
-        for sparsity in config.levels:
-            level = found[sparsity] = levels.level(sparsity, config.split, progress=progress)
+        for sparsity, level in _levels(levels, config, progress):
+            found[sparsity] = level
             losses: dict[Policy, float] = {
                 policy: levels.measure(level.choices, texts.validation, policy) for policy in POLICIES
             }
@@ -203,6 +211,15 @@ def sparsify_folder(
     measured_dense, calibrated = len(POLICIES) * texts.validation[0].numel(), texts.calibration[0].numel()
     passes = (config.basis != "none") + (config.method == "teal")
     return Sparsified(plan=plan, rows=rows, tokens=measured_dense + passes * calibrated + levels.tokens)
+
+
+def _levels(levels: Levels, config: SparsifyConfig, progress: Progress) -> Iterator[tuple[float, Level]]:
+    if config.method == "relu":
+        level = levels.zeros()
+        yield round(level.nominal, 2), level
+        return
+    for sparsity in config.levels:
+        yield sparsity, levels.level(sparsity, config.split, progress=progress)
 
 
 def _write_model(

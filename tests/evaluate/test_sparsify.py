@@ -27,7 +27,7 @@ def made(folder: Path, out: Path, data: Path, **settings):
     return sparsify_model(folder, out, data, SparsifyConfig(**{**SMALL, **settings}))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "relu"])
 @torch.no_grad()
 def test_the_folder_holds_the_same_model_and_the_losses_that_its_card_tells(
     method, model_folder: Path, model: Rack, data: Path, tmp_path: Path
@@ -55,6 +55,31 @@ def test_the_folder_holds_the_same_model_and_the_losses_that_its_card_tells(
             assert f"{row.perplexity(policy):.4f} ({row.rise(dense, policy):+.2%})" in card
     assert levels[1].losses["all"] != pytest.approx(dense.losses["all"], rel=1e-4)
     assert (levels[0].skipped < levels[0].nominal) == (ROTATIONS[method] == "block")
+
+
+@torch.no_grad()
+def test_hidden_units_at_zero_are_a_level_that_costs_nothing(
+    config: ModelConfig, tokenizer, data: Path, tmp_path: Path
+):
+    rectified = replace(config, mlp="reglu", mlp_bias=False)
+    rack = Rack(rectified)
+    init_weights(rack, rectified, seed=1)
+    tokenizer.save(tmp_path / "tokenizer")
+    write_folder(tmp_path / "dense", rectified, rack.named_parameters(), tokenizer_from=tmp_path / "tokenizer")
+    dense, row = made(tmp_path / "dense", tmp_path / "out", data, method="relu").rows
+    assert row.sparsity == round(row.nominal, 2) > 0.1
+    assert row.losses == pytest.approx(dense.losses, rel=1e-6)
+    plan = load_plan(tmp_path / "out", rectified)
+    assert plan.level(row.sparsity).nominal == row.nominal
+    settings = {"sequences": 6, "seq_len": 24, "device": "cpu", "policy": "all"}
+    losses = [evaluate_model(tmp_path / "out", data, **settings, sparsity=level).loss for level in (None, row.sparsity)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_model_without_zeros_has_none_to_skip(model_folder: Path, data: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="method=relu: hidden units of mlp=swiglu are never exactly zero"):
+        made(model_folder, tmp_path / "out", data, method="relu")
+    assert not (tmp_path / "out").exists()
 
 
 @torch.no_grad()

@@ -15,6 +15,9 @@ KINDS = {
     "qk_norm": {"qk_norm": True, "head_dim": 6},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "gelu": {"mlp": "gelu", "mlp_bias": True},
+    "reglu": {"mlp": "reglu", "mlp_bias": True},
+    "relu2": {"mlp": "relu2"},
+    "relu experts": {"mlp": "reglu", "n_experts": 4, "top_k": 2, "d_expert": 20},
     "mixtral": {"n_kv_heads": 2, "n_experts": 4, "top_k": 2, "d_expert": 20},
     "some dense": {
         "blocks_per_stack": 4,
