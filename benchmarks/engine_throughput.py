@@ -2,6 +2,8 @@
 
     python benchmarks/engine_throughput.py                    1.37B and 6.7B parameters, bf16; one GPU, about 6 minutes
     python benchmarks/engine_throughput.py --parts engine     one part alone: engine, single, batching or generate
+    python benchmarks/engine_throughput.py --parts single --sparsity 0.4 0.5      one sequence, sparse beside dense
+    python benchmarks/engine_throughput.py --parts single --sparsity 0.5 --sizes 1.37B      on a CPU too
     python benchmarks/engine_throughput.py --profile          and which kernels the engine's steps spend their time in
     python benchmarks/engine_throughput.py --smoke            tiny, also on a CPU: does it all work?
 
@@ -15,7 +17,9 @@ and without a static cache, which has it compiled with CUDA graphs; the faster d
 as tokens per second. Compiling and recording are not counted, for anybody.
 
 `single` is one sequence decoding alone. The floor of a step is the time to read the weights once, all but the
-embedding, at the rate of a large copy in the same run.
+embedding, at the rate of a large copy in the same run. Sparse, it is the time to read those that are not skipped; the
+inputs of the residual stream get 0.8 of a uniform split, as LaRoSA has it, scores are weighted by norms of columns, and
+there are no adapters, as in the models that `raygrow sparsify` makes when nothing is said.
 """
 
 import argparse
@@ -48,6 +52,13 @@ from workload import (
 
 from raygrow.infer.engine import Engine, load_engine
 from raygrow.nn.config import ModelConfig
+from raygrow.nn.rack import Rack
+from raygrow.sparsity.allocate import ratio_split
+from raygrow.sparsity.apply import install
+from raygrow.sparsity.inputs import block_weights, input_size
+from raygrow.sparsity.linear import SparseRows
+from raygrow.sparsity.methods import Choice
+from raygrow.sparsity.plan import make_level
 from raygrow.text.tokenizer import load_tokenizer
 
 PARTS = "engine", "single", "batching", "generate"
@@ -72,6 +83,8 @@ CACHES: dict[str, dict[str, Any]] = {
     "static cache, compiled": {"cache_implementation": "static"},
 }
 SINGLE_PROMPT, SINGLE_NEW = 128, 256
+SIZES = {"1.37B": LARGE, "6.7B": SEVEN}
+RATIO = 0.8
 
 
 def main() -> None:
@@ -81,6 +94,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--turns", type=int, default=3, help="of the engine, each with other prompts")
     parser.add_argument("--subset", type=int, default=4, help="requests for `generate`")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[], help="of `single`, beside dense")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of `single`")
     parser.add_argument("--profile", action="store_true", help="GPU time of each kernel of the engine's steps")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     arguments = parser.parse_args()
@@ -103,7 +118,13 @@ def main() -> None:
         say(f"folder written in {time.perf_counter() - began:.0f} s")
         parts: dict[str, Callable[[], Any]] = {
             "engine": lambda: throughput(folder, works, device, profile=profile),
-            "single": lambda: single(folder, arguments.smoke, device, profile=profile),
+            "single": lambda: single(
+                folder,
+                {"smoke": SMOKE} if arguments.smoke else {name: SIZES[name] for name in arguments.sizes},
+                arguments.sparsity,
+                device,
+                profile=profile,
+            ),
             "batching": lambda: continuous_batching(folder, works[0], device, smoke=arguments.smoke),
             "generate": lambda: generate(folder, works[0][: 2 if arguments.smoke else arguments.subset], device),
         }
@@ -180,26 +201,45 @@ def show_kernels(engine: Engine, work: list[Work], top: int = 16) -> None:
         say(f"{event.self_device_time_total / 1e3 / len(seconds):9.3f}  {event.key[:110]}")
 
 
-def single(folder: Path, smoke: bool, device: torch.device, *, profile: bool) -> list[dict[str, Any]]:
-    """One sequence alone, at two sizes."""
-    rate = copy_bytes_per_second(device, size=2**26 if smoke else 2**32)
+def single(
+    folder: Path, shapes: dict[str, ModelConfig], levels: list[float], device: torch.device, *, profile: bool
+) -> list[dict[str, Any]]:
+    """One sequence alone, of every size, dense and at every level."""
+    rate = copy_bytes_per_second(device, size=2**26 if "smoke" in shapes else 2**32)
     say(f"copy: {rate / 1e12:.3f} TB/s, read and written")
     tokenizer = load_tokenizer(folder)
-    shapes = {"smoke": SMOKE} if smoke else {"1.37B": LARGE, "6.7B": SEVEN}
     rows = []
     for name, config in shapes.items():
-        rows.append(single_row(name, config, tokenizer, rate, device, profile=profile))
+        dense = single_row(name, config, 0.0, tokenizer, rate, device, profile=profile)
+        rows.append(dense)
+        for sparsity in levels:
+            free(device)
+            row = single_row(name, config, sparsity, tokenizer, rate, device, profile=profile)
+            row["speedup"] = row["tokens_per_second"] / dense["tokens_per_second"]
+            say(f"{name}, sparsity {sparsity:g}: {row['speedup']:.3f} times the dense model's tokens/s")
+            rows.append(row)
         free(device)
     return rows
 
 
+def make_sparse(model: Rack, sparsity: float) -> tuple[SparseRows, float]:
+    """Makes a random model sparse. Also the share of its Blocks' weights that is skipped."""
+    rows, split = SparseRows(), ratio_split(model.config, sparsity, RATIO)
+    choices = {place: Choice(round((1 - share) * input_size(model.config, *place))) for place, share in split.items()}
+    for place, selector in install(model, "rotated_wina", rows).items():
+        selector.choice = choices[place]
+    return rows, make_level(model.config, choices).skipped
+
+
 def single_row(
-    name: str, config: ModelConfig, tokenizer: Any, rate: float, device: torch.device, *, profile: bool
+    name: str, config: ModelConfig, sparsity: float, tokenizer: Any, rate: float, device: torch.device, *, profile: bool
 ) -> dict[str, Any]:
-    """One sequence alone, of one model."""
+    """One sequence alone, of one model; a sparsity of 0 is the dense one."""
     model = random_model(config, device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows, skipped = make_sparse(model, sparsity) if sparsity else (None, 0.0)
     prompt, new = (16, 16) if config is SMOKE else (SINGLE_PROMPT, SINGLE_NEW)
-    engine = Engine(model, tokenizer, engine_config(device, seqs=1, max_len=prompt + new))
+    engine = Engine(model, tokenizer, engine_config(device, seqs=1, max_len=prompt + new), rows=rows)
     works = [
         draw_work(1, seed=seed, lengths=(prompt, prompt), vocab_size=config.vocab_size)[0]._replace(new=new)
         for seed in range(4)
@@ -209,15 +249,18 @@ def single_row(
     if profile:
         show_kernels(engine, [works[0]._replace(prompt=works[0].prompt[::-1])])
     engine.close()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     read = 2 * (parameters - model.embedding.weight.numel() * (not config.tie_embeddings))
+    read -= 2 * round(skipped * block_weights(config))
     step, floor = statistics.mean(seconds), read / rate
+    kind = f"sparsity {sparsity:g}" if sparsity else "dense"
     say(
-        f"{name}, one sequence: {1 / step:,.1f} tokens/s, {1e3 * step:.3f} ms a token; "
+        f"{name}, one sequence, {kind}: {1 / step:,.1f} tokens/s, {1e3 * step:.3f} ms a token; "
         f"the floor of {read / 1e9:.2f} GB is {1e3 * floor:.3f} ms, {floor / step:.1%} of it"
     )
     return {
         "name": name,
+        "sparsity": sparsity,
+        "skipped": skipped,
         "parameters": parameters,
         "tokens_per_second": 1 / step,
         "median_ms": 1e3 * statistics.median(seconds),
