@@ -63,7 +63,9 @@ MODELS = {
         },
     ),
     "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3}),
+    "llama relu": ("llama", {"hidden_act": "relu"}),
     "mixtral": ("mixtral", {}),
+    "mixtral relu": ("mixtral", {"hidden_act": "relu"}),
     "mixtral tied": ("mixtral", {"tie_word_embeddings": True, "num_experts_per_tok": 3, "head_dim": 10}),
     "qwen3": ("qwen3", {}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 12}),
@@ -253,7 +255,8 @@ EXPERTS = {"n_experts": 4, "top_k": 2}
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"mlp": "gelu"}, "mlp='gelu': a Hugging Face Llama always has mlp='swiglu'"),
+        ({"mlp": "gelu"}, "mlp='gelu': a Hugging Face Llama has mlp='swiglu' or 'reglu'"),
+        ({"mlp": "relu2"}, "mlp='relu2': .* only be written as a raygrow folder"),
         ({"norm": "layernorm"}, "norm='layernorm'"),
         ({"attention_mode": "bidirectional"}, "attention_mode='bidirectional'"),
         ({"logit_scale": 0.5}, r"logit_scale=0\.5: .* untie=true"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from raygrow.nn.config import ModelConfig
-from raygrow.weights.hf.family import Family
+from raygrow.weights.hf.family import ACTIVATIONS, Family
 from raygrow.weights.hf.llama import LLAMA
 from raygrow.weights.hf.mixtral import MIXTRAL
 from raygrow.weights.hf.qwen3 import QWEN3
@@ -35,6 +35,11 @@ def family_of(config: ModelConfig) -> Family:
             f"rotation='block': a Hugging Face {family.title} has no place for adapters between its layers, so this "
             "model can only be written as a raygrow folder (rotation=global needs none)"
         )
+    if config.mlp not in ACTIVATIONS:
+        raise ValueError(
+            f"mlp={config.mlp!r}: a Hugging Face {family.title} has mlp={' or '.join(map(repr, ACTIVATIONS))}, so this "
+            "model can only be written as a raygrow folder"
+        )
     for name, value in family.always.items():
         if getattr(config, name) != value:
             advice = f" ({_ADVICE[name]})" if name in _ADVICE else ""
@@ -63,7 +68,9 @@ def from_hf_config(settings: Mapping[str, Any]) -> ModelConfig:
         if settings.get(key) is None and field not in _MAY_BE_NULL:
             raise ValueError(f"{key} is missing from the model's config.json")
     known = {field: settings[key] for field, key in family.keys.items() if settings.get(key) is not None}
-    config = ModelConfig(**dict(family.always), **known, rope_theta=_rope_theta(settings))
+    kinds: dict[str, Any] = {activation: kind for kind, activation in ACTIVATIONS.items()}
+    kind = kinds[settings["hidden_act"]]
+    config = ModelConfig(**dict(family.always), **known, mlp=kind, rope_theta=_rope_theta(settings))
     _check_window(settings, config.max_seq_len)
     return replace(config, **family.more_fields(settings, config.n_blocks))
 
@@ -93,7 +100,7 @@ def to_hf_config(config: ModelConfig, special_tokens: Mapping[str, Any] | None =
         "architectures": [f"{family.title}ForCausalLM"],
         "model_type": family.model_type,
         **{key: getattr(config, field) for field, key in family.keys.items()},
-        "hidden_act": "silu",
+        "hidden_act": ACTIVATIONS[config.mlp],
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         **family.more_keys(config),
@@ -121,8 +128,9 @@ def updated_hf_config(settings: Mapping[str, Any], config: ModelConfig) -> dict[
 
 
 def _refuse_what_raygrow_has_not(settings: Mapping[str, Any]) -> None:
-    if settings["hidden_act"] != "silu":
-        raise ValueError(f"hidden_act={settings['hidden_act']!r}: only silu is supported")
+    if settings["hidden_act"] not in ACTIVATIONS.values():
+        known = " and ".join(ACTIVATIONS.values())
+        raise ValueError(f"hidden_act={settings['hidden_act']!r}: only {known} are supported")
     if settings.get("quantization_config"):
         raise ValueError("quantization_config: quantized checkpoints cannot be read, use the original weights")
 

@@ -28,7 +28,9 @@ DEFAULTS = {
     "initializer_range": 0.02,
     "use_sliding_window": False,
 }
-ALWAYS = {"mlp": "swiglu", "norm": "rmsnorm", "attention_mode": "causal", "logit_scale": 1.0}
+ACTIVATIONS = {"swiglu": "silu", "reglu": "relu"}
+"""Kind of MLP -> hidden_act, in all families: their MLPs are gated."""
+ALWAYS = {"norm": "rmsnorm", "attention_mode": "causal", "logit_scale": 1.0}
 MODULES = {
     "attention_norm": "input_layernorm",
     "attention.q": "self_attn.q_proj",
