@@ -56,6 +56,12 @@ class Bench:
         self._run(name, ["jobs/tune.py", f"name={name}", f"space={SPACES / space}.yaml", *self._settings, *words])
         return self.folder / name
 
+    def train(self, name: str, *words: str) -> Path:
+        """Trains by a plan. Returns the run's folder."""
+        settings = [word for word in self._settings if not word.startswith("space.")]
+        self._run(name, ["jobs/train.py", f"name={name}", *settings, *words])
+        return self.folder / name
+
     def _run(self, name: str, words: list[str]) -> None:
         self.commands[name] = " ".join(["python", *words])
         log = self.folder / f"{name}.log"
