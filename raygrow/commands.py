@@ -253,7 +253,7 @@ def serve(parsed: argparse.Namespace) -> int:
       raygrow serve runs/quickstart                                 http://localhost:8000, for this machine only
       raygrow serve models/llama models/mixtral --port 9000         two models, by the names of their folders
       raygrow serve runs/quickstart --name small engine_kwargs.max_num_seqs=16 engine_kwargs.dtype=float32
-      raygrow serve models/sparse --sparsity 0.4                    of `raygrow sparsify`; engine_kwargs.sparsity in YAML
+      raygrow serve models/sparse --sparsity 0.4                    what `raygrow sparsify` has made
       raygrow serve models/llama deployment_config.autoscaling_config.min_replicas=0
                                                                     no replica while nobody asks
       raygrow serve models/llama ingress.num_replicas=2 --yaml      a file for `serve deploy`

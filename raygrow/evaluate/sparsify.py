@@ -1,14 +1,19 @@
 """Makes a model folder sparse on prepared data: its train split calibrates, its validation split measures."""
 
+import logging
 from pathlib import Path
 
 from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import Tokens, check_tokenizer, open_tokens
+from raygrow.evaluate.speed import decode_speeds
 from raygrow.nn.config import ModelConfig
 from raygrow.progress import Progress, silent
-from raygrow.sparsity.sparsify import Sparsified, SparsifyConfig, Texts, check_source, sparsify_folder
+from raygrow.sparsity.sparsify import CARD_FILE, Sparsified, SparsifyConfig, Texts, check_source, sparsify_folder
 from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
+from raygrow.weights.atomic import replace_file
 from raygrow.weights.folder import ModelFolder, open_folder
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 2048
 """Tokens of a calibration sequence when nobody says."""
@@ -29,15 +34,22 @@ def sparsify_model(
     Raises:
         FileNotFoundError: If a folder or a file in it is missing.
         ValueError: If the model cannot be made sparse so, the data was prepared with another tokenizer, or is too
-            short; nothing is written.
+            short, or speed is to be measured of a model without a tokenizer; nothing is written.
         OSError: If the target exists already or cannot be written.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already: remove it or choose another name")
     folder = open_folder(model_folder)
     check_source(folder, config)
+    if config.speed and not (folder.path / TOKENIZER_FILE).is_file():
+        raise ValueError(f"speed=true: {folder.path} has no {TOKENIZER_FILE}, which the engine needs; add it")
     texts = _texts(folder, data_path, config)
-    return sparsify_folder(folder, target, texts, config, progress=progress)
+    made = sparsify_folder(folder, target, texts, config, progress=progress)
+    if config.speed:
+        found = decode_speeds(target, made.plan.levels, texts.validation[0][0].tolist(), device=config.device)
+        replace_file(target / CARD_FILE, (target / CARD_FILE).read_text() + "\n" + found.told())
+        logger.info("how fast it decodes:\n%s", found.told())
+    return made
 
 
 def _texts(folder: ModelFolder, data_path: Path, config: SparsifyConfig) -> Texts:

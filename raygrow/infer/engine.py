@@ -100,6 +100,8 @@ class Engine:
         self.tokenizer, self.config = tokenizer, config
         self._end_ids = frozenset([tokenizer.eos_id] if end_ids is None else end_ids)
         self._vocab_size = model.config.vocab_size
+        self.dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+        """Of weights and cache."""
         wanted = config.max_model_len or model.config.max_seq_len
         self._device, self._sparse = model.embedding.weight.device, rows is not None
         if rows is not None:  # what takes most memory, which is tried out
@@ -311,7 +313,7 @@ def load_engine(folder: str | Path, config: EngineConfig | None = None) -> Engin
     )
     model, rows = load_model(folder, dtype=dtype, device=device), None
     if plan is not None and config.sparsity:
-        rows = SparseRows()
+        rows = SparseRows() if plan.method != "relu" else None  # which leaves out what is zero, of any token
         sparse(model, plan, config.sparsity, rows=rows)
     return Engine(model, tokenizer, config, end_ids={tokenizer.eos_id, *_end_ids(folder)}, rows=rows)
 

@@ -23,6 +23,7 @@ from raygrow.sparsity.inputs import Place
 from raygrow.sparsity.linear import SparseLinear, SparseRows
 from raygrow.sparsity.methods import WEIGHTED, Method, Selector
 from raygrow.sparsity.plan import SparsityPlan
+from raygrow.sparsity.zeros import skip_zeros
 
 
 def sparse(model: Rack, plan: SparsityPlan, sparsity: float, *, rows: SparseRows | None = None) -> Rack:
@@ -32,7 +33,8 @@ def sparse(model: Rack, plan: SparsityPlan, sparsity: float, *, rows: SparseRows
         model: Of the folder that the plan lies in, on the device and in the dtype that it runs in.
         plan: From that folder.
         sparsity: One of the plan's levels.
-        rows: Which tokens are sparse, to be changed from one forward pass to the next; all when not given.
+        rows: Which tokens are sparse, to be changed from one forward pass to the next; all when not given. Method
+            `relu` leaves out what is zero anyway, of all tokens.
 
     Returns:
         The same model.
@@ -41,6 +43,8 @@ def sparse(model: Rack, plan: SparsityPlan, sparsity: float, *, rows: SparseRows
         ValueError: If the plan has no such level, or the model is sparse already.
     """
     level = plan.level(sparsity)
+    if plan.method == "relu":
+        return skip_zeros(model)
     for place, selector in install(model, plan.method, rows or SparseRows()).items():
         selector.choice = level.choices[place]
     return model

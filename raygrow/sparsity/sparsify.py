@@ -67,6 +67,8 @@ class SparsifyConfig:
     """Sequences at a time."""
     device: str | None = None
     """CUDA where there is one, when not given."""
+    speed: bool = False
+    """Measure on that device how fast the finished model decodes, dense and at every level, and tell it in the card."""
 
     def __post_init__(self) -> None:
         levels = self.sparsity if isinstance(self.sparsity, Sequence) else (self.sparsity,)

@@ -103,6 +103,34 @@ def test_a_hugging_face_model_with_one_basis_stays_one_and_is_untied(
     assert open_folder(tmp_path / "larosa").format == "raygrow"
 
 
+def test_the_card_tells_how_fast_it_decodes_if_asked_to(
+    config: ModelConfig, tokenizer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("raygrow.evaluate.speed.ANSWER", 5)
+    rack = Rack(config)
+    init_weights(rack, config, seed=1)
+    tokenizer.save(tmp_path / "tokenizer")
+    write_folder(tmp_path / "own", config, rack.named_parameters(), tokenizer_from=tmp_path / "tokenizer")
+    made(tmp_path / "own", tmp_path / "sparse", data, sparsity=(0.3, 0.5), speed=True)
+    head, _, told = (tmp_path / "sparse/README.md").read_text().partition("\n## Speed\n")
+    assert "## Running it" in head
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines() if line[:1] == "|"]
+    assert [row[0] for row in rows[2:]] == ["dense", "0.3", "0.5"]
+    for _, rate, times in rows[2:]:
+        assert float(times) == pytest.approx(float(rate) / float(rows[2][1]), abs=0.01)
+    assert "5 tokens after a prompt of 12, by raygrow's engine in float32 on" in told
+    assert f"{torch.get_num_threads()} threads" in told
+
+
+def test_speed_needs_a_tokenizer(config: ModelConfig, data: Path, tmp_path: Path):
+    rack = Rack(config)
+    init_weights(rack, config, seed=1)
+    write_folder(tmp_path / "own", config, rack.named_parameters())
+    with pytest.raises(ValueError, match=r"^speed=true: .*own has no tokenizer\.json, which the engine needs"):
+        made(tmp_path / "own", tmp_path / "sparse", data, sparsity=0.4, speed=True)
+    assert not (tmp_path / "sparse").exists()
+
+
 def test_an_export_takes_the_plan_along(config: ModelConfig, tokenizer, data: Path, tmp_path: Path):
     mixture = replace(config, n_stacks=1, blocks_per_stack=2, dense_blocks=())
     rack = Rack(mixture)

@@ -13,10 +13,14 @@ from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import Engine, load_engine
 from raygrow.infer.runner import Runner
 from raygrow.nn.attention import full_attention
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.init import init_weights
+from raygrow.nn.rack import Rack
 from raygrow.sparsity.apply import sparse
 from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.plan import PLAN_FILE, load_plan
-from raygrow.weights.folder import load_model
+from raygrow.text.tokenizer import Tokenizer
+from raygrow.weights.folder import load_model, write_folder
 from tests.infer.subjects import SHAPES, Subject, finish, prompts, request, tokens_of
 from tests.sparsity.plans import add_plan
 
@@ -112,6 +116,27 @@ def test_a_threshold_too(subject_of: Callable[[str], Subject], tmp_path: Path):
     expected = [made.greedy(prompt, 25) for prompt in given]
     assert run_together(made.engine(), given) == expected
     assert [run_alone(made.engine(), prompt, 25) for prompt in given] == expected
+
+
+def test_units_at_zero_are_left_out_of_every_token(tokenizer: Tokenizer, tmp_path: Path):
+    """Nothing is lost, so keys and values of answers are like any other."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, d_ff=48, blocks_per_stack=2, mlp="reglu", init_std=0.3
+    )
+    model = Rack(config)
+    init_weights(model, config, seed=3)
+    tokenizer.save(tmp_path / "tokenizer")
+    folder = write_folder(tmp_path / "m", config, model.state_dict().items(), tokenizer_from=tmp_path / "tokenizer")
+    add_plan(folder, LEVEL, method="relu")
+    given = prompts(5, vocab_size=config.vocab_size)
+    engines = [
+        load_engine(folder, EngineConfig(device="cpu", max_num_seqs=4, sparsity=sparsity)) for sparsity in (LEVEL, None)
+    ]
+    answers = [run_together(engine, given) for engine in engines]
+    assert answers[0] == answers[1]
+    answer = run_alone(engines[0], given[0], 25)
+    engines[0].add(request("next", [*given[0], *answer, 5], max_tokens=1))
+    assert finish(engines[0])["next"][0].cached_tokens > len(given[0])
 
 
 @pytest.mark.parametrize("budget", [5, 7, 2048])
