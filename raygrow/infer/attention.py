@@ -1,7 +1,7 @@
 """Attention of one step over the key-value cache: decoding rows all at once, each stretch of a prompt by itself.
 
-Shapes: B batch (always 1), T tokens of the step, R decoding rows, S cached tokens of one slot, N heads,
-K key-value heads, H head dim.
+Shapes: B batch (always 1), T tokens of the step, R decoding rows, C tokens of a stretch, S cached tokens of one slot,
+N heads, K key-value heads, H head dim.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from raygrow.infer.kv_cache import KvCache
 from raygrow.kernels.decode_attention import decode_attention
-from raygrow.nn.attention import Attend
+from raygrow.kernels.rotary import rotate
+from raygrow.nn.attention import Attend, Rope
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For stretches of prompts. Not cuDNN's, which torch prefers on an H200: each new length would have it build a plan."""
@@ -27,8 +28,6 @@ class Decodes:
 
     slots_R: Tensor
     positions_R: Tensor
-    lengths_R: Tensor
-    """Tokens to attend to: the position and all before it."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +67,23 @@ def _attend(
     q_BTNH: Tensor,
     k_BTKH: Tensor,
     v_BTKH: Tensor,
+    rope: Rope,
 ) -> Tensor:
     q_TNH, k_TKH, v_TKH = q_BTNH[0], k_BTKH[0], v_BTKH[0]
+
+    def of(rows: slice) -> tuple[Tensor, Tensor, Tensor, Rope]:
+        return q_TNH[rows], k_TKH[rows], v_TKH[rows], (rope[0][rows], rope[1][rows])
+
     parts = []
     if decodes is not None:
-        count = len(decodes.slots_R)
-        k_cache[decodes.slots_R, decodes.positions_R] = k_TKH[:count]
-        v_cache[decodes.slots_R, decodes.positions_R] = v_TKH[:count]
-        parts.append(decode_attention(q_TNH[:count], k_cache, v_cache, decodes.slots_R, decodes.lengths_R))
+        new = of(slice(len(decodes.slots_R)))
+        parts.append(decode_attention(*new, k_cache, v_cache, decodes.slots_R, decodes.positions_R))
     for stretch in stretches:
+        q_CNH, k_CKH, v_CKH, angles = of(stretch.rows)
         k_SKH, v_SKH = k_cache[stretch.slot, : stretch.stop], v_cache[stretch.slot, : stretch.stop]
-        k_SKH[stretch.start :] = k_TKH[stretch.rows]
-        v_SKH[stretch.start :] = v_TKH[stretch.rows]
-        parts.append(_stretch_attention(q_TNH[stretch.rows], k_SKH, v_SKH, stretch.mask))
+        k_SKH[stretch.start :] = rotate(k_CKH, *angles)
+        v_SKH[stretch.start :] = v_CKH
+        parts.append(_stretch_attention(rotate(q_CNH, *angles), k_SKH, v_SKH, stretch.mask))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 

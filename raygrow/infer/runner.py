@@ -66,7 +66,7 @@ class Runner:
         decodes = None
         if decoding:
             rows = slice(0, decoding)
-            decodes = Decodes(slots_T[rows], positions_T[rows], positions_T[rows] + 1)
+            decodes = Decodes(slots_T[rows], positions_T[rows])
         attends = cache_attends(self._cache, decodes, self._stretches(chunks[decoding:], decoding))
         with sdpa_kernel(KERNELS):
             logits_BLV = self._model(

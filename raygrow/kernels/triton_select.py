@@ -7,13 +7,13 @@ sum gives all entries that stay their places, and as many of those that equal th
 Shapes: R rows, D entries, K kept.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from raygrow.kernels.triton_launch import overlapping, overlaps
 
 LARGEST = 2**15
 """Entries of a row: two counts are summed in the halves of 32 bits."""
@@ -171,14 +171,3 @@ def _launch(
         D=size, BLOCK_D=block, NORM=eps is not None, PDL=pdl,
         num_warps=warps or min(max(block // 512, 1), 16), **overlapping(pdl),
     )  # fmt: skip
-
-
-@cache
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel can be launched before the one it depends on has ended (from Hopper on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def overlapping(pdl: bool) -> dict[str, bool]:
-    """How a kernel is launched that calls `gdc_wait` where `pdl`."""
-    return {"launch_pdl": True} if pdl else {}

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from raygrow.kernels.triton_select import overlapping, overlaps
+from raygrow.kernels.triton_launch import overlapping, overlaps, tickets_of
 
 
 class Tiling(NamedTuple):
@@ -211,7 +211,8 @@ def sparse_linear_triton(
     cut = tiling or row_tiling(keep, features, rows, gated=gated, device=weight.device)
     pdl = overlaps(weight.device) if pdl is None else pdl
     tiles = triton.cdiv(features, cut.columns)
-    partial, tickets = _workspace(weight, rows * cut.parts * weight.shape[-1], rows * tiles)
+    partial = torch.empty(rows * cut.parts * weight.shape[-1], dtype=torch.float32, device=weight.device)
+    tickets = tickets_of(weight, rows * tiles)
     _row_products[(tiles, cut.parts, rows)](
         index_RK, value_RK, weight, expert_R, bias_F, addend_RF, out_RF, partial, tickets,
         keep, weight.shape[-2], F=features, GATED=gated, SKIP_ZEROS=skip_zeros,
@@ -243,7 +244,8 @@ def masked_linear_triton(
     cut = tiling or union_tiling(size, features, gated=gated, device=weight_DF.device)
     pdl = overlaps(weight_DF.device) if pdl is None else pdl
     tiles = triton.cdiv(features, cut.columns)
-    partial, tickets = _workspace(weight_DF, rows * cut.parts * weight_DF.shape[1], tiles)
+    partial = torch.empty(rows * cut.parts * weight_DF.shape[1], dtype=torch.float32, device=weight_DF.device)
+    tickets = tickets_of(weight_DF, tiles)
     _union_products[(tiles, cut.parts)](
         x_RD, weight_DF, bias_F, addend_RF, out_RF, partial, tickets, rows, size,
         F=features, GATED=gated, BLOCK_R=16,
@@ -282,20 +284,3 @@ def spread(cut: Tiling, keep: int, features: int, rows: int, *, per_processor: i
 def processors(device: torch.device) -> int:
     """How many programs truly run at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-_tickets: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
-def _workspace(weight: Tensor, floats: int, tickets: int) -> tuple[Tensor, Tensor]:
-    """Room for the parts of a product, and its tickets, which are zero between launches.
-
-    A weight has tickets of its own, since products of others may run at the same time. They are never given back: CUDA
-    graphs hold on to them.
-    """
-    key = weight.device, weight.data_ptr(), tickets
-    if key not in _tickets:
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a sparse product must run once before it is captured in a CUDA graph")
-        _tickets[key] = torch.zeros(tickets, dtype=torch.int32, device=weight.device)
-    return torch.empty(floats, dtype=torch.float32, device=weight.device), _tickets[key]

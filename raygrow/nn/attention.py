@@ -1,6 +1,6 @@
 """Attention with grouped key-value heads. What is attended to comes from outside.
 
-Shapes: B batch, T query tokens, S key tokens, D model, N heads, K key-value heads, H head dim.
+Shapes: B batch, T tokens, D model, N heads, K key-value heads, H head dim.
 """
 
 from collections.abc import Callable
@@ -9,22 +9,25 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raygrow.kernels.rotary import rotate
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.linear import linear
-from raygrow.nn.rope import rotate
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH`: full attention in training, a key-value cache when generating."""
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of every position, `(T, H)` each."""
+Attend = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]
+"""`attend(q_BTNH, k_BTKH, v_BTKH, rope) -> out_BTNH`: turns queries and keys to their positions, and attends: to all of
+the sequence in training, to a key-value cache when generating."""
 
 
-def full_attention(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, causal: bool) -> Tensor:
-    """Scaled dot-product attention over all keys given; `causal` hides the later ones."""
+def full_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, rope: Rope, *, causal: bool) -> Tensor:
+    """Scaled dot-product attention over all tokens given; `causal` hides the later ones."""
     out = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2),
-        k_BSKH.transpose(1, 2),
-        v_BSKH.transpose(1, 2),
+        rotate(q_BTNH, *rope).transpose(1, 2),
+        rotate(k_BTKH, *rope).transpose(1, 2),
+        v_BTKH.transpose(1, 2),
         is_causal=causal,
-        enable_gqa=q_BTNH.shape[2] != k_BSKH.shape[2],
+        enable_gqa=q_BTNH.shape[2] != k_BTKH.shape[2],
     )
     return out.transpose(1, 2)
 
@@ -35,7 +38,7 @@ def default_attend(config: ModelConfig) -> Attend:
 
 
 class Attention(nn.Module):
-    """Projections, rotary positions and optional QK-norm (per head, as Qwen3) around an `attend` function."""
+    """Projections and optional QK-norm (per head, as Qwen3) around an `attend` function."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,10 +51,8 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(h, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(h, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend) -> Tensor:
         q_BTNH = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKH = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKH = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q_BTNH = rotate(self.q_norm(q_BTNH), *rope)
-        k_BTKH = rotate(self.k_norm(k_BTKH), *rope)
-        return self.o(attend(q_BTNH, k_BTKH, v_BTKH).flatten(2))
+        return self.o(attend(self.q_norm(q_BTNH), self.k_norm(k_BTKH), v_BTKH, rope).flatten(2))

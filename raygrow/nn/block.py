@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from raygrow.nn.attention import Attend, Attention
+from raygrow.nn.attention import Attend, Attention, Rope
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.linear import linear
 from raygrow.nn.mlp import Activity, mlp, watched
@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.adapter = linear(config.d_model, config.d_model) if config.has_adapter(index) else nn.Identity()
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend
+        self, x_BTD: Tensor, rope: Rope, attend: Attend
     ) -> tuple[Tensor, Balance | None, Activity | None]:
         """`(B, T, D)` in and out; with experts how evenly they were used; of a kind of MLP that has zeros, where
         gradients are wanted, what hidden units did for each sequence, summed over its tokens.

@@ -1,6 +1,6 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split layout that Llama checkpoints use.
+"""The angles of rotary position embedding (RoFormer, arXiv 2104.09864). `kernels/rotary.py` turns heads by them.
 
-Shapes: B batch, T tokens, N heads, H head dim.
+Shapes: T tokens, H head dim.
 """
 
 import torch
@@ -16,10 +16,3 @@ def rope_angles(positions_T: Tensor, *, head_dim: int, theta: float) -> tuple[Te
     angles = torch.outer(positions_T.float(), 1.0 / theta**exponent)
     angles_TH = torch.cat((angles, angles), dim=-1)
     return angles_TH.cos(), angles_TH.sin()
-
-
-def rotate(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """Rotates each head's vector by its position's angles; keeps the dtype."""
-    first, second = x_BTNH.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_BTNH * cos_TH[:, None] + turned * sin_TH[:, None]).to(x_BTNH.dtype)

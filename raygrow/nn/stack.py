@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from raygrow.nn.attention import Attend
+from raygrow.nn.attention import Attend, Rope
 from raygrow.nn.mlp import Activity
 from raygrow.nn.moe import Balance
 
@@ -17,7 +17,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attends: Sequence[Attend]
+        self, x_BTD: Tensor, rope: Rope, attends: Sequence[Attend]
     ) -> tuple[Tensor, list[Balance], list[Activity]]:
         """`(B, T, D)` in and out, the Balance of each Block that has experts and the Activity of each that tells it."""
         balances, activities = [], []

@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from raygrow.nn.attention import Attend, Attention
+from raygrow.nn.attention import Attend, Attention, Rope
 from raygrow.nn.block import Block
 from raygrow.nn.moe import Moe
 from raygrow.nn.rack import Rack
-from raygrow.nn.rope import rotate
 from raygrow.sparsity.experts import SparseMoe, fusible, readers
 from raygrow.sparsity.inputs import Place
 from raygrow.sparsity.linear import SparseLinear, SparseRows
@@ -84,7 +83,7 @@ class SparseBlock(nn.Module):
         self.mlp = kind(block.mlp, block.mlp_norm, rows, weighted=weighted)
         self.adapter = block.adapter
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, None, None]:
+    def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend) -> tuple[Tensor, None, None]:
         """As `Block.forward`, without what training wants to know."""
         x_BTD = self.attention(x_BTD, rope, attend)
         return self.mlp(x_BTD, self.adapter(x_BTD)), None, None
@@ -100,12 +99,10 @@ class SparseAttention(nn.Module):
         self.o = SparseLinear([attention.o], rows, weighted=weighted)
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend) -> Tensor:
         parts = self.qkv(x_BTD).split(self.qkv.sizes, dim=-1)
         q_BTNH, k_BTKH, v_BTKH = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        q_BTNH = rotate(self.q_norm(q_BTNH), *rope)
-        k_BTKH = rotate(self.k_norm(k_BTKH), *rope)
-        return self.o(attend(q_BTNH, k_BTKH, v_BTKH).flatten(2), x_BTD)
+        return self.o(attend(self.q_norm(q_BTNH), self.k_norm(k_BTKH), v_BTKH, rope).flatten(2), x_BTD)
 
 
 class SparseMlp(nn.Module):

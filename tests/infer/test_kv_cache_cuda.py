@@ -83,23 +83,26 @@ def test_a_graph_is_replayed_while_pages_are_mapped() -> None:
     """Rows without a sequence read the scratch slot; slots that have no memory at all are not touched."""
     cache = make_cache("block", strips=60, dtype=torch.bfloat16)
     slots_R = torch.full((4,), cache.scratch, device="cuda")
-    lengths_R = torch.ones(4, dtype=torch.int64, device="cuda")
-    q_RNH = torch.randn(4, 32, 128, device="cuda", dtype=torch.bfloat16)
-    decode_attention(q_RNH, cache.k[1], cache.v[1], slots_R, lengths_R)
+    positions_R = torch.zeros(4, dtype=torch.int64, device="cuda")
+    q_RNH, k_RKH = (torch.randn(4, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    v = [100 * slot + CONFIG.n_blocks + 1 for slot in (4, 2)]  # as `write` numbers the tensors
+    v_RKH = torch.tensor([*v, 0, 0], device="cuda")[:, None, None].expand_as(k_RKH).to(k_RKH)
+    rope = torch.ones(4, 128, device="cuda"), torch.zeros(4, 128, device="cuda")
+    inputs = q_RNH, k_RKH, v_RKH.contiguous(), rope, cache.k[1], cache.v[1], slots_R, positions_R
+    decode_attention(*inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out_RNH = decode_attention(q_RNH, cache.k[1], cache.v[1], slots_R, lengths_R)
+        out_RNH = decode_attention(*inputs)
     slots_R[:2] = torch.tensor([4, 2], device="cuda")
     for length in range(1, 400):
         for slot in (4, 2):
             assert cache.ensure(slot, length)
             write(cache, slot, length - 1, length, value=slot)
             cache.map_ahead(slot, length + 16)
-        lengths_R[:2] = length
+        positions_R[:2] = length - 1
         graph.replay()
         torch.cuda.synchronize()
-    v = [100 * slot + CONFIG.n_blocks + 1 for slot in (4, 2)]  # as `write` numbers the tensors
     assert_close(out_RNH[0], v[0])
     assert_close(out_RNH[1], v[1])
     assert not out_RNH[2:].any()

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from raygrow.infer import graphs
 from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import Engine, load_engine
 from raygrow.infer.runner import Runner
-from raygrow.nn.attention import full_attention
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
@@ -21,6 +19,7 @@ from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.plan import PLAN_FILE, load_plan
 from raygrow.text.tokenizer import Tokenizer
 from raygrow.weights.folder import load_model, write_folder
+from tests.growing_cache import growing_attends
 from tests.infer.subjects import SHAPES, Subject, finish, prompts, request, tokens_of
 from tests.sparsity.plans import add_plan
 
@@ -45,16 +44,7 @@ class SparseSubject:
     @torch.no_grad()
     def greedy(self, prompt: list[int], n: int) -> list[int]:
         """The prompt at once and dense, then each token by itself and sparse."""
-        caches: list[tuple[Tensor, Tensor] | None] = [None] * self._model.config.n_blocks
-
-        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache = caches[index]
-            if cache is not None:
-                k, v = torch.cat([cache[0], k], 1), torch.cat([cache[1], v], 1)
-            caches[index] = k, v
-            return full_attention(q, k, v, causal=cache is None)
-
-        attends = [lambda *qkv, index=index: attend(index, *qkv) for index in range(len(caches))]
+        attends = growing_attends(self._model.config.n_blocks)
         self._rows.start, self._rows.stop = 0, 0
         tokens = list(prompt)
         logits = self._model(torch.tensor([tokens]), attends=attends)

@@ -1,4 +1,4 @@
-"""The twin against attention in fp64, the Triton kernel against the twin.
+"""The twin against attention in fp64, the Triton kernel against the same.
 
 Shapes: R rows, S slots, T tokens, N heads, K key-value heads, H head dim, L Blocks.
 """
@@ -10,16 +10,26 @@ import torch
 from torch import Tensor
 
 from raygrow.kernels.decode_attention import decode_attention, decode_attention_torch
+from raygrow.kernels.rotary import rotate
 
 
 class Case(NamedTuple):
     """Arguments of `decode_attention`."""
 
     q_RNH: Tensor
+    k_RKH: Tensor
+    v_RKH: Tensor
+    rope: tuple[Tensor, Tensor]
     k_STKH: Tensor
     v_STKH: Tensor
     slots_R: Tensor
-    lengths_R: Tensor
+    positions_R: Tensor
+
+    def row(self, row: int) -> "Case":
+        """One row alone, over the same cache."""
+        one = slice(row, row + 1)
+        new = self.q_RNH[one], self.k_RKH[one], self.v_RKH[one], (self.rope[0][one], self.rope[1][one])
+        return Case(*new, self.k_STKH, self.v_STKH, self.slots_R[one], self.positions_R[one])
 
 
 HEADS = [(4, 4, 16), (4, 2, 8), (6, 1, 80), (12, 4, 64)]
@@ -30,32 +40,61 @@ LENGTHS = [[1], [77], [1, 2, 63, 64, 65, 299, 300, 17], [256, 257, 300]]
 def random_case(
     heads: int, kv_heads: int, dim: int, lengths: list[int], *, dtype: torch.dtype, blocks: int = 1, room: int = 0
 ) -> Case:
-    """Slots in random order and with holes; everything beyond a row's length is NaN.
+    """Slots in random order and with holes; everything from a row's position on is NaN.
 
-    With several Blocks, the cache is one of them, side by side with the others.
+    With several Blocks, the cache is one of them, side by side with the others. Queries, keys and values come side by
+    side too, as one projection gives them.
     """
     generator = torch.Generator().manual_seed(heads * dim + len(lengths))
-    slots, tokens = len(lengths) + 2, max(*lengths, 300, room)
-    slots_R = torch.randperm(slots, generator=generator)[: len(lengths)]
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    rows, slots, tokens = len(lengths), len(lengths) + 2, max(*lengths, 300, room)
+    slots_R = torch.randperm(slots, generator=generator)[:rows]
     cache = torch.full((2, slots, tokens, blocks, kv_heads, dim), torch.nan, dtype=dtype)
     for slot, length in zip(slots_R.tolist(), lengths, strict=True):
-        values = torch.randn(2, length, blocks, kv_heads, dim, generator=generator, dtype=torch.float64)
-        cache[:, slot, :length] = values.to(dtype)
-    q_RNH = torch.randn(len(lengths), heads, dim, generator=generator, dtype=torch.float64).to(dtype)
-    return Case(q_RNH, cache[0, :, :, -1], cache[1, :, :, -1], slots_R, torch.tensor(lengths, dtype=torch.int32))
+        cache[:, slot, : length - 1] = random(2, length - 1, blocks, kv_heads, dim)
+    qkv = random(rows, heads + 2 * kv_heads, dim)
+    angles = 6 * torch.rand(rows, dim // 2, generator=generator).repeat(1, 2)
+    return Case(
+        *qkv.split([heads, kv_heads, kv_heads], 1),
+        (angles.cos(), angles.sin()),
+        cache[0, :, :, -1],
+        cache[1, :, :, -1],
+        slots_R,
+        torch.tensor(lengths) - 1,
+    )
 
 
-def reference(case: Case) -> Tensor:
-    """Attention written out, in fp64."""
-    q_RNH, k_STKH, v_STKH, slots_R, lengths_R = case
-    shared = q_RNH.shape[1] // k_STKH.shape[2]
+def reference(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention written out, in fp64; and the new tokens' keys and values."""
+    shared = case.q_RNH.shape[1] // case.k_RKH.shape[1]
+    q_RNH, k_RKH = rotate(case.q_RNH, *case.rope).double(), rotate(case.k_RKH, *case.rope).double()
     rows = []
-    for q_NH, slot, length in zip(q_RNH.double(), slots_R.tolist(), lengths_R.tolist(), strict=True):
-        k_TNH = k_STKH[slot, :length].double().repeat_interleave(shared, 1)
-        v_TNH = v_STKH[slot, :length].double().repeat_interleave(shared, 1)
-        weights_NT = (torch.einsum("nh,tnh->nt", q_NH, k_TNH) * q_NH.shape[-1] ** -0.5).softmax(-1)
+    for row, (slot, past) in enumerate(zip(case.slots_R.tolist(), case.positions_R.tolist(), strict=True)):
+        k_TKH = torch.cat([case.k_STKH[slot, :past].double(), k_RKH[row, None]])
+        v_TKH = torch.cat([case.v_STKH[slot, :past].double(), case.v_RKH[row, None].double()])
+        k_TNH, v_TNH = (x.repeat_interleave(shared, 1) for x in (k_TKH, v_TKH))
+        weights_NT = (torch.einsum("nh,tnh->nt", q_RNH[row], k_TNH) * k_RKH.shape[-1] ** -0.5).softmax(-1)
         rows.append(torch.einsum("nt,tnh->nh", weights_NT, v_TNH))
-    return torch.stack(rows)
+    return torch.stack(rows), k_RKH, case.v_RKH
+
+
+def check(found_RNH: Tensor, case: Case, expected: tuple[Tensor, Tensor, Tensor], tolerance: float) -> None:
+    """The result is right, the new tokens are stored, and nothing else has changed."""
+    true_RNH, k_RKH, v_RKH = expected
+    assert found_RNH.shape == case.q_RNH.shape
+    assert found_RNH.dtype == case.q_RNH.dtype
+    assert relative_error(found_RNH.cpu(), true_RNH) < tolerance
+    where = case.slots_R, case.positions_R
+    assert relative_error(case.k_STKH[where].cpu(), k_RKH) < tolerance
+    assert torch.equal(case.v_STKH[where].cpu(), v_RKH)
+    for cache in (case.k_STKH, case.v_STKH):
+        for slot in range(len(cache)):
+            known = dict(zip(case.slots_R.tolist(), case.positions_R.tolist(), strict=True)).get(slot, -1) + 1
+            assert not cache[slot, :known].isnan().any()
+            assert cache[slot, known:].isnan().all()
 
 
 def relative_error(found: Tensor, true: Tensor) -> float:
@@ -72,36 +111,26 @@ def test_twin_is_attention(
     heads: int, kv_heads: int, dim: int, lengths: list[int], dtype: torch.dtype, tolerance: float, blocks: int
 ) -> None:
     case = random_case(heads, kv_heads, dim, lengths, dtype=dtype, blocks=blocks)
-    found_RNH = decode_attention(*case)
-    assert found_RNH.shape == case.q_RNH.shape
-    assert found_RNH.dtype == dtype
-    assert relative_error(found_RNH, reference(case)) < tolerance
+    expected = reference(case)
+    check(decode_attention(*case), case, expected, tolerance)
 
 
 def test_a_row_of_the_twin_does_not_depend_on_the_rows_beside_it() -> None:
     case = random_case(4, 2, 16, [5, 300, 1, 64], dtype=torch.float32)
     together_RNH = decode_attention_torch(*case)
     for row in range(4):
-        one = slice(row, row + 1)
-        alone_1NH = decode_attention_torch(
-            case.q_RNH[one], case.k_STKH, case.v_STKH, case.slots_R[one], case.lengths_R[one]
-        )
-        assert torch.equal(alone_1NH[0], together_RNH[row])
+        assert torch.equal(decode_attention_torch(*case.row(row))[0], together_RNH[row])
 
 
 def test_no_rows_give_no_rows() -> None:
     case = random_case(4, 2, 16, [5], dtype=torch.float32)
-    assert decode_attention(case.q_RNH[:0], case.k_STKH, case.v_STKH, case.slots_R[:0], case.lengths_R[:0]).shape == (
-        0,
-        4,
-        16,
-    )
+    none = slice(0)
+    new = case.q_RNH[none], case.k_RKH[none], case.v_RKH[none], (case.rope[0][none], case.rope[1][none])
+    cache = case.k_STKH, case.v_STKH
+    assert decode_attention(*new, *cache, case.slots_R[none], case.positions_R[none]).shape == (0, 4, 16)
 
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 class TestKernel:
@@ -115,7 +144,7 @@ class TestKernel:
         ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
     )
     @pytest.mark.parametrize("blocks", [1, 3])
-    def test_it_is_its_twin(
+    def test_it_is_attention(
         self,
         heads: int,
         kv_heads: int,
@@ -126,23 +155,21 @@ class TestKernel:
         blocks: int,
     ) -> None:
         case = random_case(heads, kv_heads, dim, lengths, dtype=dtype, blocks=blocks)
-        found_RNH = decode_attention(*on_gpu(case))
-        assert relative_error(found_RNH.cpu(), reference(case)) < tolerance
+        expected, case = reference(case), on_gpu(case)
+        for _ in range(2):  # the second time with tickets that the first has given back
+            check(decode_attention(*case), case, expected, tolerance)
 
     def test_a_row_does_not_depend_on_the_rows_beside_it(self) -> None:
         case = on_gpu(random_case(16, 4, 64, [5, 3000, 1, 64], dtype=torch.bfloat16))
         together_RNH = decode_attention(*case)
         for row in range(4):
-            one = slice(row, row + 1)
-            alone_1NH = decode_attention(
-                case.q_RNH[one], case.k_STKH, case.v_STKH, case.slots_R[one], case.lengths_R[one]
-            )
-            assert torch.equal(alone_1NH[0], together_RNH[row])
+            assert torch.equal(decode_attention(*case.row(row))[0], together_RNH[row])
 
-    def test_a_cuda_graph_is_replayed_for_other_slots_and_lengths(self) -> None:
+    def test_a_cuda_graph_is_replayed_for_other_slots_and_positions(self) -> None:
         case = on_gpu(random_case(8, 2, 64, [900, 3, 257], dtype=torch.bfloat16))
-        slots_R, lengths_R = case.slots_R.clone(), torch.ones_like(case.lengths_R)
-        inputs = case._replace(slots_R=slots_R, lengths_R=lengths_R)
+        slots_R, positions_R = case.slots_R.clone(), torch.zeros_like(case.positions_R)
+        inputs = case._replace(slots_R=torch.full_like(slots_R, 4), positions_R=positions_R)
+        slots_R = inputs.slots_R
         decode_attention(*inputs)  # compiled before it is captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -150,18 +177,19 @@ class TestKernel:
             out_RNH = decode_attention(*inputs)
         order = torch.tensor([2, 0, 1], device="cuda")
         slots_R.copy_(case.slots_R[order])
-        lengths_R.copy_(case.lengths_R[order])
+        positions_R.copy_(case.positions_R[order])
         graph.replay()
-        assert torch.equal(out_RNH, decode_attention(*inputs))
-        assert not out_RNH.isnan().any()
+        found_RNH = out_RNH.clone()
+        assert torch.equal(found_RNH, decode_attention(*inputs))
+        assert not found_RNH.isnan().any()
 
 
 def on_gpu(case: Case) -> Case:
-    """The same arguments on the device, the cache's strides kept."""
-    return Case(*(tensor.to("cuda") if tensor.dim() < 4 else whole_on_gpu(tensor) for tensor in case))
+    """The same arguments on the device, strides kept."""
+    cos_RH, sin_RH = case.rope
+    return Case(*(whole_on_gpu(x) for x in case[:3]), (cos_RH.cuda(), sin_RH.cuda()), *map(whole_on_gpu, case[4:]))
 
 
-def whole_on_gpu(cache: Tensor) -> Tensor:
-    base = cache._base
-    assert base is not None
-    return base.to("cuda").as_strided(cache.shape, cache.stride(), cache.storage_offset())
+def whole_on_gpu(x: Tensor) -> Tensor:
+    whole = x if x._base is None else x._base
+    return whole.to("cuda").as_strided(x.shape, x.stride(), x.storage_offset())

@@ -67,7 +67,7 @@ def test_logits_are_scaled() -> None:
 
 def test_training_flops_are_those_that_torch_counts(model: Rack) -> None:
     # torch counts attention scores in full, we the causal half: compare without the causal mask
-    model.attend = lambda q, k, v: full_attention(q, k, v, causal=False)
+    model.attend = lambda q, k, v, rope: full_attention(q, k, v, rope, causal=False)
     config = ModelConfig(**vars(model.config) | {"attention_mode": "bidirectional"})
     tokens = torch.randint(0, config.vocab_size, (2, 32))
     # of the attention backends, torch's counter sees into this one only

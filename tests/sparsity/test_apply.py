@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from raygrow.nn.attention import full_attention
 from raygrow.sparsity.allocate import uniform
 from raygrow.sparsity.apply import install
 from raygrow.sparsity.calibrate import calibrate
@@ -13,6 +12,7 @@ from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.methods import METHODS, Choice
 from raygrow.sparsity.policy import policy_loss
+from tests.growing_cache import growing_attends
 from tests.growth.racks import random_rack, tiny
 from tests.sparsity.racks import KINDS, TEXT, rack, tensors
 
@@ -110,16 +110,7 @@ def test_decode_only_is_what_decoding_token_by_token_computes(kind):
     rows = SparseRows()
     for place, selector in install(model, "topk", rows).items():
         selector.choice = Choice(input_size(model.config, *place) // 2)
-    caches: list[tuple[Tensor, Tensor] | None] = [None] * model.config.n_blocks
-
-    def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = caches[index]
-        if cache is not None:
-            k, v = torch.cat([cache[0], k], 1), torch.cat([cache[1], v], 1)
-        caches[index] = k, v
-        return full_attention(q, k, v, causal=cache is None)
-
-    attends = [lambda *qkv, index=index: attend(index, *qkv) for index in range(model.config.n_blocks)]
+    attends = growing_attends(model.config.n_blocks)
     rows.stop = 0
     model(TEXT[:, :prompt], attends=attends)
     rows.stop = None
