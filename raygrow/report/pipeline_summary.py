@@ -198,7 +198,7 @@ def _settings_table(pipeline: Pipeline) -> Table:
 def _commands(pipeline: Pipeline) -> list[str]:
     gave = pipeline.stage("serve").gave
     return [
-        f"raygrow serve {gave['model']} --name {gave['model_id']} engine_kwargs.sparsity={gave['sparsity']:g}",
+        f"raygrow serve {gave['model']} --name {gave['model_id']} --sparsity {gave['sparsity']:g}",
         f"raygrow evaluate {gave['model']} --data {pipeline.stage('prepare').gave['path']} "
         f"--sparsity {gave['sparsity']:g}",
     ]

@@ -10,7 +10,7 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ from raygrow.runtime.serve import API_KEY, APP, serve_models
 from raygrow.runtime.stage_work import continue_text, make_sparse, score
 from raygrow.runtime.stages import Stage
 from raygrow.runtime.train import EXIT_CODES, train
+from raygrow.sparsity.plan import PLAN_FILE
 from raygrow.weights.atomic import replace_file
 from raygrow.weights.json_file import read_json
 
@@ -165,11 +166,16 @@ class _Work:
     def _sparsify(self, stage: Stage) -> None:
         config = self._config
         self._elsewhere(make_sparse, model=self._model, target=self._sparse, data=self._data, config=config.calibration)
-        flops = self._score(self._sparse, stage.folder, config.sparsify.levels)
+        flops = self._score(self._sparse, stage.folder, self._levels)
         cost = stage.folder / "cost.json"  # not there if it was killed in between
         stage.finish({}, flops=read_json(cost)["flops"] + flops if cost.exists() else None)
 
-    def _score(self, model: Path, out: Path, levels: Any) -> float:
+    @property
+    def _levels(self) -> list[float]:
+        """What the sparse model was made for, the least first."""
+        return sorted(map(float, read_json(self._sparse / PLAN_FILE)["levels"]))
+
+    def _score(self, model: Path, out: Path, levels: Sequence[float | None]) -> float:
         evaluate = self._config.evaluate
         return self._elsewhere(
             score,
@@ -186,21 +192,19 @@ class _Work:
         config, asked = self._config, self._config.serve
         anew, failure = not stage.is_finished, None
         connect()
-        if APP in serve.status().applications:
-            raise ValueError(
-                f"this cluster serves an app {APP!r} already, in whose place this one would go: end it with "
-                "`serve shutdown`, then start the pipeline again"
-            )
+        served = config.served(self._sparse, self._levels)
+        (llm,) = served.llm_configs
+        self._check_cluster(stage, llm.deployment_name)
         expected = {}
         if anew:
-            question = {"engine": config.engine, "prompt": asked.prompt, "tokens": asked.tokens}
+            question = {"engine": llm.engine_kwargs, "prompt": asked.prompt, "tokens": asked.tokens}
             expected = self._elsewhere(continue_text, model=self._sparse, **question)
 
         def ready(address: str) -> bool:
             nonlocal failure
             try:
                 if anew:
-                    self._check_answer(stage, address, expected)
+                    self._check_answer(stage, address, expected, llm.engine_kwargs.sparsity)
                     self._say("the server answers with the tokens of the offline engine")
                 self.report()
             except (ValueError, OSError) as error:
@@ -208,9 +212,10 @@ class _Work:
             return asked.keep and failure is None
 
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        stage.note(deployed=True)
         try:
             serve_models(
-                config.served(self._sparse),
+                served,
                 host=asked.host,
                 port=asked.port,
                 api_key=os.environ.get(API_KEY),
@@ -219,10 +224,20 @@ class _Work:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        stage.note(deployed=False)
         if failure:
             raise failure
 
-    def _check_answer(self, stage: Stage, address: str, expected: dict[str, Any]) -> None:
+    def _check_cluster(self, stage: Stage, deployment: str) -> None:
+        """Makes sure that the app would not take the place of another; one that a kill left behind is its own."""
+        app = serve.status().applications.get(APP)
+        if app and not (stage.has_deployed and deployment in app.deployments):
+            raise ValueError(
+                f"this cluster serves an app {APP!r} already, in whose place this one would go: end it with "
+                "`serve shutdown`, then start the pipeline again"
+            )
+
+    def _check_answer(self, stage: Stage, address: str, expected: dict[str, Any], sparsity: float | None) -> None:
         """Asks the server, and takes down what it said; ValueError if it is not what the engine says by itself."""
         asked = self._config.serve
         started = time.perf_counter()
@@ -238,7 +253,7 @@ class _Work:
         gave = {
             "model": str(self._sparse),
             "model_id": self._config.run.name,
-            "sparsity": self._config.engine.sparsity,
+            "sparsity": sparsity,
             "prompt": asked.prompt,
             "answer": choice["text"],
             "offline": expected["text"],
@@ -248,7 +263,7 @@ class _Work:
             "seconds": seconds,
         }
         if not same:
-            stage.note(gave)
+            stage.note(gave=gave)
             raise ValueError(
                 f"the server continued {asked.prompt!r} with {choice['text']!r}, and the engine by itself with "
                 f"{expected['text']!r}: they should be the same"

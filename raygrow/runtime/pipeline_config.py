@@ -1,6 +1,6 @@
 """What decides a pipeline: a run, and how its model is evaluated, made sparse and served. All is checked first."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -100,17 +100,13 @@ class PipelineConfig:
         """How the model is made sparse, on sequences as long as it was trained with unless told otherwise."""
         return replace(self.sparsify, seq_len=self.sparsify.seq_len or self.seq_len)
 
-    @property
-    def engine(self) -> EngineConfig:
-        """The engine that serves, its sparsity settled."""
-        given = self.serve.engine_kwargs
-        return given if given.sparsity is not None else replace(given, sparsity=self.sparsify.levels[-1])
-
-    def served(self, model: Path) -> ServeConfig:
-        """The app that serves a model folder."""
+    def served(self, model: Path, levels: Sequence[float]) -> ServeConfig:
+        """The app that serves a sparse model at the level that was asked for, or at the last of those that it has."""
+        engine = self.serve.engine_kwargs
+        sparsity = levels[-1] if engine.sparsity is None else engine.sparsity
         llm = LLMConfig(
             model_loading_config=ModelLoadingConfig(model_id=self.run.name, model_source=str(model)),
-            engine_kwargs=self.engine,
+            engine_kwargs=replace(engine, sparsity=sparsity),
             deployment_config=self.serve.deployment_config,
         )
         return ServeConfig(llm_configs=(llm,), api=self.serve.api, ingress=self.serve.ingress)
@@ -146,7 +142,7 @@ class PipelineConfig:
         self._check_prompt(len(load_tokenizer(path / TOKENIZER_FOLDER).encode(self.serve.prompt, special_tokens=True)))
 
     def _check_prompt(self, tokens: int) -> None:
-        longest = self.engine.max_model_len or self.model.max_seq_len
+        longest = self.serve.engine_kwargs.max_model_len or self.model.max_seq_len
         if tokens + self.serve.tokens > longest:
             raise ValueError(
                 f"serve.prompt has {tokens} tokens and its answer serve.tokens={self.serve.tokens}, more than the "
@@ -197,14 +193,19 @@ def _contradictions(config: PipelineConfig) -> Iterable[str]:
         calibration_length(model, config.calibration)
     except ValueError as error:
         yield f"sparsify: {error}"
-    levels, wanted = config.sparsify.levels, config.engine.sparsity
-    if wanted not in levels:
+    levels, wanted = config.sparsify.levels, config.serve.engine_kwargs.sparsity
+    if wanted is not None and config.sparsify.method == "relu":
+        yield (
+            f"serve.engine_kwargs.sparsity={wanted:g}: with sparsify.method=relu the model has a level of its own; "
+            "set serve.engine_kwargs.sparsity=null, and that one is served"
+        )
+    if wanted is not None and wanted not in levels:
         held = ", ".join(f"{level:g}" for level in levels)
         yield (
             f"serve.engine_kwargs.sparsity={wanted:g}: the model is made for sparsify.sparsity={held}; choose one of "
             "them, or add this one there"
         )
-    longest = config.engine.max_model_len or model.max_seq_len
+    longest = config.serve.engine_kwargs.max_model_len or model.max_seq_len
     if longest > model.max_seq_len:
         yield f"serve.engine_kwargs.max_model_len={longest}: the model takes {model.max_seq_len} tokens at most"
     if config.serve.tokens >= longest:

@@ -71,6 +71,7 @@ class Stage:
         A folder of training is left to training, which looks after itself.
         """
         now = {"settings": self._settings, "after": before and before.id}
+        deployed = self.has_deployed
         same = all(self._record.get(key) == value for key, value in now.items())
         if not same and self.name != "train":
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -84,6 +85,7 @@ class Stage:
             "starts": self._record.get("starts", 0) + 1,
             "seconds": self._record.get("seconds", 0.0),
             "finished": None,
+            "deployed": deployed,
         }
         self._since = time.monotonic()
         self._save()
@@ -94,9 +96,14 @@ class Stage:
         self._since = time.monotonic()
         self._save()
 
-    def note(self, gave: dict[str, Any]) -> None:
-        """Takes down what came out, though the stage is not finished by it."""
-        self._record["gave"] = gave
+    @property
+    def has_deployed(self) -> bool:
+        """Whether it has put something on the cluster, which may be there still."""
+        return self._record.get("deployed", False)
+
+    def note(self, **facts: Any) -> None:
+        """Takes something down, though the stage is not finished by it."""
+        self._record |= facts
         self._save()
 
     def finish(self, gave: dict[str, Any], *, flops: float | None) -> None:
