@@ -14,6 +14,7 @@ from raygrow.infer.runner import Runner
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
+from raygrow.sparsity import experts, linear
 from raygrow.sparsity.apply import sparse
 from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.plan import PLAN_FILE, load_plan
@@ -98,6 +99,25 @@ def test_tokens_are_those_of_decoding_one_by_one(each_sparse: SparseSubject):
     assert found == [each_sparse.greedy(prompt, 30) for prompt in given]
     dense = each_sparse.engine(sparsity=0)
     assert [run_alone(dense, prompt, 30) for prompt in given] != found
+
+
+def test_a_sequence_alone_reads_the_weights_that_it_keeps(each_sparse: SparseSubject, monkeypatch: pytest.MonkeyPatch):
+    engine, called = each_sparse.engine(), []
+    for module, name in ((linear, "sparse_linear"), (experts, "sparse_expert_linear")):
+        product = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, p=product, n=name, **more: called.append(n) or p(*given, **more)
+        )
+    monkeypatch.setattr(experts, "grouped_mm", lambda *given, p=experts.grouped_mm: called.append("whole") or p(*given))
+    engine.add(request("a", [5, 6, 7], max_tokens=5, ignore_eos=True))
+    engine.step()
+    called.clear()
+    finish(engine)
+    blocks, steps = 3, 4
+    mixture = hasattr(each_sparse._model.blocks[0].mlp, "moe")
+    assert called.count("sparse_linear") == blocks * steps * (2 if mixture else 4)
+    assert called.count("sparse_expert_linear") == blocks * steps * 2 * mixture
+    assert "whole" not in called
 
 
 def test_a_threshold_too(subject_of: Callable[[str], Subject], tmp_path: Path):
