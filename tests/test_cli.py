@@ -24,7 +24,8 @@ from raygrow.weights.folder import load_model, open_folder, write_folder
 from tests.sparsity.plans import add_plan
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("prepare", "train", "grow", "timing", "evaluate", "export", "report", "generate", "serve", "chat")
+COMMANDS = ("prepare", "train", "tune", "pipeline", "grow", "timing", "evaluate", "sparsify", "export", "report")
+COMMANDS += ("generate", "serve", "chat")
 
 
 @pytest.fixture(autouse=True)

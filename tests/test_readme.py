@@ -83,6 +83,8 @@ def test_commands_that_work(tmp_path: Path) -> None:
     }
     assert "at equal compute" in outputs["train"].lower()
     assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 10_000
+    assert "From text to a served sparse model" in outputs["pipeline"]
+    assert (tmp_path / "runs/pipeline-quickstart/report.html").stat().st_size > 10_000
     assert outputs["generate"].startswith("def ")
     assert "http://localhost:8000" in outputs["serve"]
     assert outputs["chat"].startswith("quickstart. ")

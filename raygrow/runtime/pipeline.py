@@ -198,7 +198,9 @@ class _Work:
         expected = {}
         if anew:
             question = {"engine": llm.engine_kwargs, "prompt": asked.prompt, "tokens": asked.tokens}
-            expected = self._elsewhere(continue_text, model=self._sparse, **question)
+            options = asked.deployment_config.ray_actor_options
+            use_gpu = has_gpu() if options is None else options.get("num_gpus", 0) > 0  # as a replica
+            expected = self._elsewhere(continue_text, use_gpu=use_gpu, model=self._sparse, **question)
 
         def ready(address: str) -> bool:
             nonlocal failure
@@ -270,10 +272,12 @@ class _Work:
             )
         stage.finish(gave, flops=None)
 
-    def _elsewhere(self, function: Callable[..., Any], **arguments: Any) -> Any:
+    def _elsewhere(self, function: Callable[..., Any], *, use_gpu: bool | None = None, **arguments: Any) -> Any:
+        """Calls a function in a process like one that trains, with a GPU or without where that is said."""
         connect()
         workers = self._config.run.workers
-        use_gpu = has_gpu() if workers.use_gpu == "auto" else workers.use_gpu
+        if use_gpu is None:
+            use_gpu = has_gpu() if workers.use_gpu == "auto" else workers.use_gpu
         with elsewhere(cpus=workers.cpus, use_gpu=use_gpu) as process, progress_bars() as progress:
             return process.call(function, progress=progress, **arguments)
 

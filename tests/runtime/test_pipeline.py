@@ -72,7 +72,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (folder / "summary.json").write_text(json.dumps({"status": "finished", "flops": 2e6, "phases": []}))
         return 0
 
-    def here(self: Any, function: Callable[..., Any], **arguments: Any) -> Any:
+    def here(self: Any, function: Callable[..., Any], use_gpu: bool = False, **arguments: Any) -> Any:
         done.append(function.__name__)
         return function(**arguments, progress=lambda *_: None)
 
@@ -93,6 +93,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(job._Work, "_elsewhere", here)
     monkeypatch.setattr(job, "serve_models", serve_models)
     monkeypatch.setattr(job, "connect", lambda: None)
+    monkeypatch.setattr(job, "has_gpu", lambda: False)
+    monkeypatch.setattr(job, "write_report", lambda folders, out: out / "report.html")
+    monkeypatch.setattr(job, "print_summary", lambda *_: None)
     monkeypatch.setattr(job.serve, "status", lambda: type("Status", (), {"applications": {}}))
     return done
 
@@ -127,7 +130,7 @@ def test_every_stage_is_done_once(
 
 def test_the_report_says_it_all(config: PipelineConfig, made_up: list[str], tmp_path: Path) -> None:
     job.run_pipeline(config)
-    page = (config.root / "report.html").read_text()
+    page = write_report([config.root], config.root).read_text()
     assert "<h1>From text to a served sparse model</h1>" in page
     assert "What sparsity costs" in page
     for title in ("Stages", "Sparsity", "Serving", "Growth", "Growth checks", "Phases"):
