@@ -27,7 +27,7 @@ from raygrow.report.text import print_summary
 from raygrow.runtime.cluster import connect, has_gpu
 from raygrow.runtime.data import prepare_data
 from raygrow.runtime.elsewhere import elsewhere
-from raygrow.runtime.pipeline_config import PipelineConfig, as_tree, check_prepared
+from raygrow.runtime.pipeline_config import PipelineConfig, as_tree, check_prepared, completed
 from raygrow.runtime.progress import progress_bars
 from raygrow.runtime.serve import API_KEY, APP, serve_models
 from raygrow.runtime.stage_work import continue_text, make_sparse, score
@@ -96,7 +96,7 @@ class _Work:
         self._data = Path(config.run.data.path).resolve()
         self._model = self._root / "train/model"
         self._sparse = self._root / "sparsify/model"
-        self.stages = [Stage(name, self._root, config.deciding(name)) for name in STAGES]
+        self.stages = [Stage(name, self._root, config.deciding(name), completed) for name in STAGES]
         self.reported = False
 
     def run(self) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -160,6 +160,17 @@ def read_pipeline(tree: Mapping[str, Any]) -> PipelineConfig:
     run: RunConfig = build(RunConfig, {key: value for key, value in tree.items() if key not in own})
     parts = {key: build(kind, tree[key], key) for key, kind in own.items() if key in tree}
     return PipelineConfig(run=run, **parts)
+
+
+def completed(stage: str, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What `deciding` gave when it was taken down, with the keys that there are only since then at their defaults.
+
+    Raises:
+        ValueError: If it holds what this version does not know; names the key.
+    """
+    kinds = {**get_type_hints(RunConfig, include_extras=True), **get_type_hints(PipelineConfig)}
+    found = {key: to_tree(build(kinds[key], value, key)) for key, value in recorded.items()}
+    return {"serve": {key: found["serve"][key] for key in _SERVE_DECIDES}} if stage == "serve" else found
 
 
 def as_tree(config: PipelineConfig) -> dict[str, Any]:

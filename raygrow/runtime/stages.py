@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,22 @@ class Stage:
         name: Of the stage and of its folder.
         root: The pipeline's folder.
         settings: What decides what it gives, as a plain tree.
+        completed: Gives such a tree that was taken down by an earlier version the keys that have come since.
     """
 
-    def __init__(self, name: str, root: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        settings: dict[str, Any],
+        completed: Callable[[str, dict[str, Any]], dict[str, Any]],
+    ) -> None:
         self.name, self.folder = name, root / name
         self._file = self.folder / RECORD_FILE
         self._settings = json.loads(json.dumps(settings))  # as it is read again
         self._record: dict[str, Any] = read_json(self._file) if self._file.exists() else {}
+        if self._record:
+            self._record["settings"] = completed(name, self._record["settings"])
         self._since = time.monotonic()
 
     @property

@@ -210,6 +210,18 @@ def test_a_changed_setting_of_a_finished_stage_is_refused(config: PipelineConfig
     assert job.run_pipeline(harmless) == 0
 
 
+def test_a_setting_that_has_come_since_has_its_default(config: PipelineConfig, made_up: list[str]) -> None:
+    job.run_pipeline(config)
+    for stage, part in (("sparsify", "sparsify"), ("train", "train"), ("serve", "serve")):
+        old = record(config, stage)
+        old["settings"][part].pop({"sparsify": "rotation", "train": "compile", "serve": "tokens"}[stage])
+        (config.root / stage / "stage.json").write_text(json.dumps(old))
+    assert job.run_pipeline(replace(config, serve=replace(config.serve, tokens=AnswerConfig().tokens))) == 0
+    assert made_up == EVERYTHING
+    with pytest.raises(ValueError, match=r"sparsify.rotation was 'auto' and is now 'none'"):
+        job.run_pipeline(replace(config, sparsify=replace(SPARSIFY, rotation="none")))
+
+
 def test_stages_that_are_removed_are_done_again(config: PipelineConfig, made_up: list[str]) -> None:
     job.run_pipeline(config)
     changed = replace(config, sparsify=replace(SPARSIFY, method="topk"))
