@@ -27,8 +27,8 @@ from torch import Tensor
 
 from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import Manifest, ShardWriter, SplitInfo, open_tokens
-from raygrow.evaluate.record import choose_device
 from raygrow.nn.config import ModelConfig
+from raygrow.nn.device import choose_device
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.absorb import absorb_rules, absorbed_config

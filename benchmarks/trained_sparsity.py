@@ -38,10 +38,10 @@ from workload import LARGE, SEVEN, SMOKE, draw_work, engine_config, random_model
 
 from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import open_tokens
-from raygrow.evaluate.record import choose_device
 from raygrow.evaluate.sparsify import sparsify_model
 from raygrow.infer.engine import Engine
 from raygrow.nn.config import ModelConfig
+from raygrow.nn.device import choose_device
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.sparsify import SparsifyConfig
 from raygrow.sparsity.zeros import skip_zeros

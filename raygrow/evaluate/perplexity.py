@@ -14,7 +14,8 @@ from torch import Tensor
 
 from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import MANIFEST_FILE, check_tokenizer, open_tokens
-from raygrow.evaluate.record import choose_device, commit, sha256_of, versions
+from raygrow.evaluate.record import commit, sha256_of, versions
+from raygrow.nn.device import choose_device
 from raygrow.nn.score import bits_per_byte, sum_loss
 from raygrow.progress import Progress, silent
 from raygrow.sparsity.apply import sparse
@@ -90,7 +91,8 @@ def evaluate_model(
     Raises:
         FileNotFoundError: If a folder or a file in it is missing.
         ValueError: If a file is damaged, the data was prepared with another tokenizer than the model's, the split is
-            shorter than one sequence, a number is out of range, or the model was not made for that sparsity.
+            shorter than one sequence, a number is out of range, the model was not made for that sparsity, or there is
+            no such device.
     """
     if sequences < 0:
         raise ValueError(f"sequences={sequences}: must be at least 1, or 0 for all")

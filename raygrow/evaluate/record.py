@@ -5,8 +5,6 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 PACKAGES = ("raygrow", "torch", "ray", "transformers", "tokenizers", "numpy")
 
 
@@ -40,8 +38,3 @@ def sha256_of(files: list[Path]) -> str:
         with file.open("rb") as opened:
             whole.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return whole.hexdigest()
-
-
-def choose_device(device: str | None = None) -> torch.device:
-    """The device asked for; else CUDA where there is one, else the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

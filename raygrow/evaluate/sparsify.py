@@ -3,10 +3,13 @@
 import logging
 from pathlib import Path
 
+import torch
+
 from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import Tokens, check_tokenizer, open_tokens
 from raygrow.evaluate.speed import decode_speeds
 from raygrow.nn.config import ModelConfig
+from raygrow.nn.device import choose_device
 from raygrow.progress import Progress, silent
 from raygrow.sparsity.sparsify import CARD_FILE, Sparsified, SparsifyConfig, Texts, check_source, sparsify_folder
 from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
@@ -34,17 +37,25 @@ def sparsify_model(
     Raises:
         FileNotFoundError: If a folder or a file in it is missing.
         ValueError: If the model cannot be made sparse so, the data was prepared with another tokenizer, or is too
-            short, or speed is to be measured of a model without a tokenizer; nothing is written.
+            short, there is no such device or it has too little memory, or speed is to be measured of a model without a
+            tokenizer; nothing is written.
         OSError: If the target exists already or cannot be written.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already: remove it or choose another name")
     folder = open_folder(model_folder)
     check_source(folder, config)
+    choose_device(config.device)
     if config.speed and not (folder.path / TOKENIZER_FILE).is_file():
         raise ValueError(f"speed=true: {folder.path} has no {TOKENIZER_FILE}, which the engine needs; add it")
     texts = _texts(folder, data_path, config)
-    made = sparsify_folder(folder, target, texts, config, progress=progress)
+    try:
+        made = sparsify_folder(folder, target, texts, config, progress=progress)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"batch_size={config.batch_size}: the device has too little memory for {folder.path} and as many sequences "
+            "at a time: lower batch_size or seq_len, or use device=cpu"
+        ) from error
     if config.speed:
         found = decode_speeds(target, made.plan.levels, texts.validation[0][0].tolist(), device=config.device)
         replace_file(target / CARD_FILE, (target / CARD_FILE).read_text() + "\n" + found.told())

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from raygrow.evaluate.record import choose_device
 from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import Engine, load_engine
 from raygrow.infer.request import Request
 from raygrow.infer.sampling import Sampling
+from raygrow.nn.device import choose_device
 
 PROMPT, ANSWER = 64, 64
 ROUNDS = 3

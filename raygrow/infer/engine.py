@@ -21,6 +21,7 @@ from raygrow.infer.sequence import Sequence
 from raygrow.infer.slots import Slots
 from raygrow.infer.staging import on_device
 from raygrow.infer.step import Step
+from raygrow.nn.device import choose_device
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.apply import sparse
 from raygrow.sparsity.linear import SparseRows
@@ -299,14 +300,15 @@ def load_engine(folder: str | Path, config: EngineConfig | None = None) -> Engin
 
     Raises:
         FileNotFoundError: If the folder, its tensors or its tokenizer are missing, or a dense model is to be sparse.
-        ValueError: If a file is damaged, the model cannot generate, or was not made for that sparsity.
+        ValueError: If a file is damaged, the model cannot generate, was not made for that sparsity, or there is no such
+            device.
     """
     config = config or EngineConfig()
     folder = finished_model(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: there is no such folder; give one that holds a model, or a finished run")
     tokenizer, plan = load_tokenizer(folder), sparsity_plan(open_folder(folder), config)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(config.device)
     logger.info("loading %s on %s", folder, device)
     dtype = (
         getattr(torch, config.dtype) if config.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else None

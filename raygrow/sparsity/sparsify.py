@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raygrow.nn.config import ModelConfig
+from raygrow.nn.device import choose_device
 from raygrow.nn.rack import Rack
 from raygrow.progress import Progress, silent
 from raygrow.sparsity import allocate
@@ -182,11 +183,11 @@ def sparsify_folder(
         progress: Told of Blocks, tensors and inputs that have been dealt with.
 
     Raises:
-        ValueError: If the model cannot be made sparse so; nothing is written.
+        ValueError: If the model cannot be made sparse so, or not on that device; nothing is written.
         OSError: If the target exists already or cannot be written.
     """
     check_source(folder, config)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(config.device)
     with new_folder(Path(target)) as aside:
         rows = [_dense_row(folder, texts.validation, device, config)]
         _write_model(folder, aside, texts.calibration[0], config, device, progress)

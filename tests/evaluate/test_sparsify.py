@@ -158,6 +158,8 @@ def test_an_export_takes_the_plan_along(config: ModelConfig, tokenizer, data: Pa
         (["seq_len=49"], "seq_len=49: this model takes 2 to 48 tokens"),
         (["data=nowhere"], "no prepared data here"),
         (["colour=red"], "colour"),
+        (["device=gpu"], "device=gpu: nothing can be computed there, only on cpu"),
+        (["device=meta"], "device=meta: nothing can be computed there"),
         (["sparsity"], "cannot be read as key=value"),
     ],
 )
@@ -169,6 +171,20 @@ def test_what_cannot_be_made_is_named_and_nothing_is_written(
     assert main(["sparsify", str(model_folder), str(tmp_path / "out"), *given]) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_little_memory_says_what_to_lower(
+    model_folder: Path, data: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*given, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("raygrow.sparsity.sparsify.calibrate", full)
+    assert main(["sparsify", str(model_folder), str(tmp_path / "out"), f"data={data}", "seq_len=24"]) == 2
+    error = capsys.readouterr().err
+    assert "raygrow: batch_size=4: " in error
+    assert "lower batch_size or seq_len, or use device=cpu" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_has_to_be_named(model_folder: Path, tmp_path: Path, capsys):
