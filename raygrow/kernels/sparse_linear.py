@@ -28,19 +28,24 @@ class Selection(NamedTuple):
     """What they are."""
 
 
-def select(x_RD: Tensor, keep: int, scale_D: Tensor | None = None) -> Selection:
+def select(x_RD: Tensor, keep: int, scale: Tensor | None = None) -> Selection:
     """The `keep` largest entries of each row, by `|x|` or `|x| * scale`; of equal ones, those that come first.
 
     Args:
         x_RD: Rows, contiguous.
         keep: How many entries, 1 to D. Nothing waits for the device, and all shapes follow from it.
-        scale_D: How much the entries weigh, in fp32 at least; not negative.
+        scale: How much the entries weigh, `(D,)`, or `(R, D)` where each row has its own; in fp32 at least, not
+            negative.
     """
     if _on_triton(x_RD):
         from raygrow.kernels.triton_select import select_triton
 
-        return Selection(*select_triton(x_RD, keep, scale_D=scale_D))
-    return select_torch(x_RD, keep, scale_D)
+        if scale is not None and scale.dim() == 2:
+            # the kernel has one scale for all rows: it gets scores, whose entries are then looked up
+            index_RK, _ = select_triton(x_RD.float() * scale, keep)
+            return Selection(index_RK, x_RD.gather(1, index_RK.long()))
+        return Selection(*select_triton(x_RD, keep, scale_D=scale))
+    return select_torch(x_RD, keep, scale)
 
 
 def norm_select(
@@ -54,13 +59,13 @@ def norm_select(
     return select_torch(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), keep, scale_D)
 
 
-def masked(x_RD: Tensor, keep: int, scale_D: Tensor | None = None) -> Tensor:
+def masked(x_RD: Tensor, keep: int, scale: Tensor | None = None) -> Tensor:
     """The rows with zeros in place of what `select` drops."""
-    if _on_triton(x_RD):
+    if _on_triton(x_RD) and (scale is None or scale.dim() == 1):
         from raygrow.kernels.triton_select import masked_triton
 
-        return masked_triton(x_RD, keep, scale_D=scale_D)
-    return scatter(select_torch(x_RD, keep, scale_D), x_RD.shape[1])
+        return masked_triton(x_RD, keep, scale_D=scale)
+    return scatter(select(x_RD, keep, scale), x_RD.shape[1])
 
 
 def norm_masked(
@@ -162,9 +167,9 @@ def scatter(selection: Selection, size: int) -> Tensor:
     return value_RK.new_zeros(len(value_RK), size).scatter(1, index_RK.long(), value_RK)
 
 
-def select_torch(x_RD: Tensor, keep: int, scale_D: Tensor | None = None) -> Selection:
+def select_torch(x_RD: Tensor, keep: int, scale: Tensor | None = None) -> Selection:
     """The torch twin of `select`."""
-    score_RD = x_RD if scale_D is None else x_RD * scale_D.to(torch.promote_types(x_RD.dtype, torch.float))
+    score_RD = x_RD if scale is None else x_RD * scale.to(torch.promote_types(x_RD.dtype, torch.float))
     if score_RD.dtype == torch.float64:
         index_RK = score_RD.abs().sort(descending=True, stable=True).indices[:, :keep].sort().values
     else:

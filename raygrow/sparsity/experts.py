@@ -43,10 +43,12 @@ class SparseMoe(nn.Module):
         biased = experts.up.bias is not None
         self.up_bias_EG = _constant(torch.cat([p.bias.detach() for p in reading], 1)) if biased else None
         self.down_bias_ED = experts.down.bias
-        self.selectors = tuple(
-            Selector(weight.shape[1], column_norms(weight.transpose(0, 1).flatten(1)) if weighted else None)
-            for weight in (self.up_EDG, self.down_EFD)
+        # an entry of the input is one thing for all experts; hidden units of theirs have nothing to do with each other
+        of_x = Selector(
+            self.up_EDG.shape[1], column_norms(self.up_EDG.transpose(0, 1).flatten(1)) if weighted else None
         )
+        self.selectors = of_x, Selector(self.down_EFD.shape[1])
+        self.scale_EF = column_norms(self.down_EFD) if weighted else None
 
     def forward(self, x_BTD: Tensor, residual_BTD: Tensor) -> Tensor:
         """The residual stream plus what the experts make of `x`."""
@@ -68,7 +70,7 @@ class SparseMoe(nn.Module):
         hidden_SF = sparse_expert_linear(of_slots, self.up_EDG, expert_S, self.up_bias_EG, gated=self.gated)
         if not self.gated:
             hidden_SF = self.activate(*hidden_SF.chunk(self.parts, dim=1)).contiguous()
-        of_slots = select(hidden_SF, of_hidden.choice.keep, of_hidden.scale_D)
+        of_slots = select(hidden_SF, of_hidden.choice.keep, self._scale(expert_S))
         y_SD = sparse_expert_linear(of_slots, self.down_EFD, expert_S, self.down_bias_ED)
         return (y_SD.unflatten(0, (-1, k)) * weights_BTK.flatten(0, 1)[..., None]).sum(1)
 
@@ -83,8 +85,14 @@ class SparseMoe(nn.Module):
             sparse_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
             sparse_BT[:, rows] = True
             sparse_S1 = sparse_BT.flatten()[routes.tokens_S, None]
-            hidden_SF = torch.where(sparse_S1, of_hidden.masked(hidden_SF), hidden_SF)
+            slot_S = torch.arange(len(hidden_SF), dtype=routes.offsets_E.dtype, device=hidden_SF.device)
+            scale_SF = self._scale(torch.searchsorted(routes.offsets_E, slot_S, right=True))
+            hidden_SF = torch.where(sparse_S1, of_hidden.masked(hidden_SF, scale_SF), hidden_SF)
         return routes.combine(grouped_mm(hidden_SF, self.down_EFD.transpose(1, 2), routes.offsets_E, self.down_bias_ED))
+
+    def _scale(self, expert_S: Tensor) -> Tensor | None:
+        """What the scores of each slot's hidden units are weighted by, `(S, F)`."""
+        return None if self.scale_EF is None else self.scale_EF[expert_S]
 
 
 def readers(mlp: Any) -> list:

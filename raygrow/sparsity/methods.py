@@ -71,12 +71,17 @@ class Selector:
         """Whether what is kept is as much of every token, and less than all."""
         return self.choice.threshold is None and self.choice.keep < self.size
 
-    def masked(self, x_RD: Tensor) -> Tensor:
-        """Contiguous rows with zeros in the place of dropped entries."""
+    def masked(self, x_RD: Tensor, scale_RD: Tensor | None = None) -> Tensor:
+        """Contiguous rows with zeros in the place of dropped entries.
+
+        Args:
+            x_RD: The rows.
+            scale_RD: Factors of each row's own, instead of the same for all.
+        """
         if not self.drops:
             return x_RD
         if self.choice.threshold is None:
-            return masked(x_RD, self.choice.keep, self.scale_D)
+            return masked(x_RD, self.choice.keep, self.scale_D if scale_RD is None else scale_RD)
         left_RD = above(x_RD, self.choice.threshold)
         if self.seen is not None:
             self.seen = self.seen[0] + int(left_RD.count_nonzero()), self.seen[1] + left_RD.numel()

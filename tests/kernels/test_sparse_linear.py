@@ -78,6 +78,8 @@ def test_the_largest_are_selected_and_of_equal_ones_the_first(dtype: torch.dtype
     for keep in keeps(size):
         assert_same(select(x_RD, keep), sorted_selection(x_RD, keep))
         assert_same(select(x_RD, keep, scale_D), sorted_selection(x_RD, keep, scale_D))
+        scale_RD = torch.stack([scale_D, scale_D.flip(0), scale_D.roll(1)])
+        assert_same(select(x_RD, keep, scale_RD), sorted_selection(x_RD, keep, scale_RD))
         dense_RD = masked(x_RD, keep)
         assert torch.equal(dense_RD, scatter(sorted_selection(x_RD, keep), size))
 
@@ -186,6 +188,10 @@ class TestKernels:
             true = select_torch(x_RD, keep)
             assert_same(select(x_RD, keep), true)
             assert_same(select(x_RD, keep, scale_D), select_torch(x_RD, keep, scale_D))
+            scale_RD = random_rows(3, size, torch.float32).abs().cuda()
+            own = select_torch(x_RD, keep, scale_RD)
+            assert_same(select(x_RD, keep, scale_RD), own)
+            assert torch.equal(masked(x_RD, keep, scale_RD), scatter(own, size))
             assert torch.equal(masked(x_RD, keep), scatter(true, size))
             for hint in (0, 0x3F80, 0x7FFF, 0x7FFFFFFF, -1):
                 hints_R = torch.full((3,), hint, dtype=torch.int32, device="cuda")
