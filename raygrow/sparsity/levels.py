@@ -73,9 +73,13 @@ class Levels:
 
     def zeros(self) -> Level:
         """The one level of method `relu`: the hidden units that are zero, of which there are as many as the calibration
-        text says.
+        text says. Those of experts are read whole.
         """
-        hidden = {place: selector for place, selector in self.selectors.items() if place[1] == "down"}
+        hidden = {
+            (block, name): selector
+            for (block, name), selector in self.selectors.items()
+            if name == "down" and not self.config.has_experts(block)
+        }
         self._set({place: Choice(selector.size, 0.0) for place, selector in hidden.items()})
         for selector in hidden.values():
             selector.seen = (0, 0)

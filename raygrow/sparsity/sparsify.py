@@ -162,6 +162,11 @@ def check_model(model: ModelConfig, config: SparsifyConfig, name: str) -> None:
                 f"{name}: method=relu: hidden units of mlp={model.mlp} are never exactly zero, only those of models "
                 "that were trained with mlp=reglu, relu or relu2"
             )
+        if all(map(model.has_experts, range(model.n_blocks))):
+            raise ValueError(
+                f"{name}: method=relu: every Block of this model has experts, which are read whole; only hidden units "
+                "of dense MLPs are left out"
+            )
         return
     for level in config.levels:
         allocate.uniform(target, level)

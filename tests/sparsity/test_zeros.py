@@ -8,6 +8,7 @@ from raygrow.sparsity.apply import install
 from raygrow.sparsity.inputs import block_weights
 from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
+from raygrow.sparsity.sparsify import SparsifyConfig, check_model
 from raygrow.sparsity.zeros import ZeroSkippingMlp, skip_zeros
 from tests.growth.racks import random_rack, tiny
 from tests.sparsity.racks import TEXT
@@ -63,7 +64,7 @@ def test_the_level_is_the_share_of_weights_behind_units_at_zero(kind: str) -> No
         )
     expected = model(TEXT)
     level = Levels(model, "relu", {}, TEXT).zeros()
-    hidden = [config.top_k * config.d_expert if config.has_experts(i) else config.d_ff for i in range(3)]
+    hidden = [0 if config.has_experts(i) else config.d_ff for i in range(3)]  # experts are read whole
     behind = 2 if config.gated else 1  # rows of `up` and `down`, or of `down` alone
     skipped = sum(share * size * config.d_model * behind for share, size in zip(at_zero, hidden, strict=True))
     assert level.nominal == level.skipped == pytest.approx(skipped / block_weights(config), abs=0.02)
@@ -72,3 +73,10 @@ def test_the_level_is_the_share_of_weights_behind_units_at_zero(kind: str) -> No
     for place, selector in install(again, "relu", SparseRows()).items():
         selector.choice = level.choices[place]
     torch.testing.assert_close(again(TEXT), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_of_experts_alone_has_nothing_to_leave_out() -> None:
+    experts = {"mlp": "reglu", "n_experts": 4, "top_k": 2}
+    with pytest.raises(ValueError, match="here: method=relu: every Block of this model has experts"):
+        check_model(tiny(**experts), SparsifyConfig(method="relu"), "here")
+    check_model(tiny(**experts, dense_blocks=(1,)), SparsifyConfig(method="relu"), "here")
