@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,8 @@ def sparsify_folder(
         progress: Told of Blocks, tensors and inputs that have been dealt with.
 
     Raises:
-        ValueError: If the model cannot be made sparse so, or not on that device; nothing is written.
+        ValueError: If the model cannot be made sparse so, or not on that device, or its loss is not finite; nothing is
+            written.
         OSError: If the target exists already or cannot be written.
     """
     check_source(folder, config)
@@ -269,6 +271,11 @@ def _dense_row(folder: ModelFolder, batch: Batch, device: torch.device, config: 
     losses: dict[Policy, float] = {
         policy: policy_loss(model, SparseRows(), batch, policy, batch_size=config.batch_size)[0] for policy in POLICIES
     }
+    if not all(map(math.isfinite, losses.values())):
+        raise ValueError(
+            f"{folder.path}: the loss of this model is {losses['all']:g} on the validation text, so there is nothing "
+            "to choose by: look for NaN and inf in its weights"
+        )
     return Row(sparsity=0.0, nominal=0.0, skipped=0.0, losses=losses)
 
 

@@ -1,6 +1,7 @@
 """`raygrow sparsify`: the folder it writes, what that folder's plan and card say, and what is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +186,21 @@ def test_too_little_memory_says_what_to_lower(
     assert "raygrow: batch_size=4: " in error
     assert "lower batch_size or seq_len, or use device=cpu" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "method"), [(math.nan, "topk"), (math.inf, "larosa")])
+def test_a_model_with_weights_that_are_no_numbers_is_named(
+    value, method, config: ModelConfig, data: Path, tmp_path: Path, capsys
+):
+    rack = Rack(config)
+    init_weights(rack, config, seed=1)
+    rack.blocks[1].attention.o.weight.data[0, 0] = value
+    write_folder(tmp_path / "broken", config, rack.named_parameters())
+    before = sorted(tmp_path.iterdir())
+    words = [f"data={data}", "seq_len=24", f"method={method}"]
+    assert main(["sparsify", str(tmp_path / "broken"), str(tmp_path / "out"), *words]) == 2
+    assert f"raygrow: {tmp_path}/broken: the loss of this model is nan" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_data_has_to_be_named(model_folder: Path, tmp_path: Path, capsys):
