@@ -6,7 +6,7 @@
               The targets of the second half alone count.
 
 A causal model computes `decode` in one forward pass: what a prompt's tokens are does not depend on those behind.
-Shapes: B sequences, T tokens, N tokens of all sequences, D model.
+Shapes: B sequences, T tokens, N tokens of all sequences, D model, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -76,6 +76,9 @@ class Divergence:
         self._model, self._batches = model, tokens_BT.split(batch_size)
         self._device = model.embedding.weight.device
         self.tokens = tokens_BT.numel()
+        # logits rounded to bf16 differ by more than a little sparsity does
+        head_VD = model.head_weight.detach()
+        self._head_VD = head_VD.to(torch.promote_types(head_VD.dtype, torch.float32))
         self._dense_ND = [self._hidden(tokens) for tokens in self._batches]
 
     @torch.inference_mode()
@@ -90,8 +93,8 @@ class Divergence:
         return total.item() / self.tokens
 
     def _log_probabilities(self, x_ND: Tensor) -> Tensor:
-        logits = F.linear(x_ND * self._model.config.logit_scale, self._model.head_weight)
-        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        wide_ND = x_ND.to(self._head_VD.dtype) * self._model.config.logit_scale
+        return F.linear(wide_ND, self._head_VD).log_softmax(-1)
 
     @torch.inference_mode()
     def _hidden(self, tokens_BT: Tensor) -> Tensor:

@@ -89,3 +89,22 @@ def test_the_search_is_at_least_as_good_as_the_best_ratio_and_that_as_a_uniform_
 def test_a_dense_model_is_no_distance_from_itself():
     levels = Levels(rack("some dense"), "topk", {}, TEXT, batch_size=3)
     assert abs(levels.cost({})) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_divergence_is_that_of_predictions_in_full_precision(dtype):
+    model = rack("tied scaled", dtype)
+    head_VD, found = model.head_weight.double(), []
+    model.norm.register_forward_hook(lambda module, inputs, x_BTD: found.append(x_BTD.double()))
+    levels = Levels(model, "topk", {}, TEXT)
+    split = allocate.uniform(model.config, 0.05)
+    cost = levels.cost(split)
+    levels._set({})
+    model(TEXT)
+    dense_BTD = found[-1]
+    levels._set(levels.choices(split))
+    model(TEXT)
+    dense, sparse = ((x_BTD * 0.5 @ head_VD.T).log_softmax(-1) for x_BTD in (dense_BTD, found[-1]))
+    expected = (dense.exp() * (dense - sparse)).sum().item() / TEXT.numel()
+    assert cost == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 1e-3)
