@@ -12,12 +12,12 @@ from raygrow.nn.config import ModelConfig
 from raygrow.sparsity.calibrate import BlockStatistics
 from raygrow.sparsity.inputs import ROTATED
 
-DAMPING = 0.01
-"""Of the mean diagonal, added to it."""
-
 
 def principal_basis(moment_DD: Tensor) -> Tensor:
     """The eigenvectors of a second moment, `(D, D)` in fp64, those of most energy first.
+
+    Nothing is added to its diagonal: that would turn no eigenvector. Directions without any energy come last, at right
+    angles to all others as they are.
 
     Args:
         moment_DD: Symmetric, fp64.
@@ -27,9 +27,7 @@ def principal_basis(moment_DD: Tensor) -> Tensor:
     """
     if not moment_DD.isfinite().all():
         raise ValueError("the model's activations on the calibration text are no numbers: is it damaged?")
-    damping = DAMPING * moment_DD.diagonal().mean()
-    damped_DD = moment_DD + damping * torch.eye(len(moment_DD), dtype=moment_DD.dtype, device=moment_DD.device)
-    return torch.linalg.eigh(damped_DD).eigenvectors.flip(1)
+    return torch.linalg.eigh(moment_DD).eigenvectors.flip(1)
 
 
 def block_bases(statistics: Iterable[BlockStatistics], device: torch.device) -> list[Tensor]:

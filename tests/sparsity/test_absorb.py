@@ -100,3 +100,11 @@ def test_one_basis_for_all_is_that_of_the_summed_moments():
     assert len(bases) == 3
     torch.testing.assert_close(bases[0], principal_basis(total), rtol=1e-8, atol=1e-8)
     assert bases[1] is bases[0]
+
+
+def test_directions_without_energy_come_last_and_the_basis_stays_orthogonal():
+    x_ND = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    q_DD = principal_basis(x_ND.T @ x_ND)
+    torch.testing.assert_close(q_DD.T @ q_DD, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (x_ND @ q_DD)[:, 3:].abs().max() < 1e-7
+    assert torch.equal(principal_basis(torch.zeros(4, 4, dtype=torch.float64)).abs().sum(0), torch.ones(4).double())
