@@ -16,24 +16,23 @@ class Histogram:
         self._counts = torch.zeros(_BINS, dtype=torch.int64)
 
     def add(self, x: Tensor) -> None:
-        """Counts every entry."""
+        """Counts every entry.
+
+        Raises:
+            ValueError: If one is no finite number.
+        """
+        if not x.isfinite().all():
+            raise ValueError("the model's activations on the calibration text are no numbers: is it damaged?")
         octaves = x.detach().abs().to(torch.promote_types(x.dtype, torch.float32)).flatten().log2()
         bins = ((octaves - LOWEST) * PER_OCTAVE).clamp_(0, _BINS - 1).long()
         self._counts += torch.bincount(bins, minlength=_BINS).cpu()
 
     def quantile(self, share: float) -> float:
-        """The magnitude below which a share of the entries lies; 0 for a share of 0.
-
-        Raises:
-            ValueError: If nothing has been counted.
-        """
-        total = int(self._counts.sum())
-        if not total:
-            raise ValueError("no entry has been counted: an expert that no token of the calibration text went to?")
+        """The magnitude below which a share of the entries lies, of which there are some; 0 for a share of 0."""
         if share <= 0:
             return 0.0
         below = self._counts.cumsum(0).double()
-        wanted = share * total
+        wanted = share * float(below[-1])
         bin = int(torch.searchsorted(below, wanted).clamp(max=_BINS - 1))
         count = int(self._counts[bin])
         inside = (wanted - (float(below[bin]) - count)) / max(count, 1)
