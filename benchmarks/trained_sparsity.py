@@ -24,7 +24,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def train(bench: Bench, chosen: dict[str, list[str]], tokens: float) -> dict[str
     return folders
 
 
-def sparse_rows(folder: Path, data: Path, methods: dict[str, tuple[float, ...]], options: dict) -> list[dict]:
+def sparse_rows(folder: Path, data: Path, methods: Mapping[str, tuple[float, ...] | None], options: dict) -> list[dict]:
     """What a model costs made sparse by some methods, the dense one first."""
     rows: list[dict[str, Any]] = []
     for method, levels in methods.items():
@@ -233,13 +233,13 @@ def main() -> None:
     if "train" in options.stages:
         folders = train(bench, chosen, 30e3 if smoke else options.tokens)
         sizes: dict[str, Any] = {"sequences": 4, "evaluate_sequences": 8} if smoke else {"evaluate_sequences": 256}
-        sizes |= {"split": "ratio"} if smoke else {}
         texts_BT = fixed_batch(open_tokens(bench.data, "validation"), max(BATCHES), 64 if smoke else 512)[0]
         found: dict[str, Any] = {}
         for name, folder in folders.items():
             is_rectified = name != "swiglu"
-            methods = {"relu": LEVELS} if is_rectified else {"rotated_wina": LEVELS, "larosa": LEVELS}
-            rows = sparse_rows(folder, bench.data, methods, sizes)
+            methods = {"relu": None} if is_rectified else {"rotated_wina": LEVELS, "larosa": LEVELS}
+            split = {"split": "ratio"} if smoke and not is_rectified else {}
+            rows = sparse_rows(folder, bench.data, methods, sizes | split)
             model = load_model(folder, device=device).eval() if is_rectified else None
             found[name] = {"rows": rows, "activity": model and activity(model, texts_BT.to(device))}
         kept.write_text(json.dumps(found))

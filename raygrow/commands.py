@@ -137,9 +137,10 @@ def sparsify(parsed: argparse.Namespace) -> int:
     from raygrow.sparsity.sparsify import SparsifyConfig
 
     settings = dict(map(_setting, parsed.settings))
-    if not isinstance(settings.get("data"), str):
+    if settings.pop("data", None) is None:
         raise ValueError("data is missing: name a folder of prepared data, such as data=data/python_source")
-    data = Path(settings.pop("data"))
+    # as it was written: 2024 and 2024-01-31 are folders too
+    data = Path([word.partition("=")[2] for word in parsed.settings if word.startswith("data=")][-1])
     seq_len = {} if "seq_len" in settings else {"seq_len": _trained_seq_len(parsed.model) or 0}
     config: SparsifyConfig = build(SparsifyConfig, {**settings, **seq_len})
     with progress_bars() as progress:

@@ -36,6 +36,9 @@ from raygrow.weights.json_file import read_json
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
+LEVELS = (0.25, 0.4, 0.5)
+"""Made when nobody names any."""
+SEARCH_SEQUENCES = 4
 Batch = tuple[Tensor, Tensor]
 
 
@@ -44,25 +47,25 @@ class SparsifyConfig:
     """How a model is made sparse.
 
     Raises:
-        ValueError: If a field is out of range; names it.
+        ValueError: If a field is out of range, or has no place beside another; names them.
     """
 
-    sparsity: float | tuple[float, ...] = (0.25, 0.4, 0.5)
-    """Shares of the Blocks' weights that a token is not to multiply by; a level for each. Method `relu` has one level,
-    what the model does by itself, under its own share."""
+    sparsity: float | tuple[float, ...] | None = None
+    """Shares of the Blocks' weights that a token is not to multiply by; a level for each, LEVELS when not given. Not
+    for method `relu`, which has one level, what the model does by itself, under its own share."""
     method: Method = "rotated_wina"
     """Which entries are kept, see `sparsity/methods.py`."""
     rotation: Literal["auto", "none", "global", "block"] = "auto"
     """The basis: the model's own, one for the whole model, or one for each Block, with adapters; `auto` is the
     method's."""
-    split: SplitName = "search"
-    """How a level is split between inputs, see `sparsity/allocate.py`."""
+    split: SplitName | None = None
+    """How a level is split between inputs, see `sparsity/allocate.py`; `search` when not given. Not for `relu`."""
     sequences: int = 16
     """Of the calibration text."""
     seq_len: int = 0
     """Tokens in a sequence; 0 is what the model takes, 2048 at most."""
-    search_sequences: int = 4
-    """The first of them, on which splits are tried out."""
+    search_sequences: int | None = None
+    """The first of them, on which splits are tried out; 4 when not given."""
     evaluate_sequences: int = 32
     """Of the validation text, for the card; 0 is all."""
     batch_size: int = 4
@@ -73,10 +76,23 @@ class SparsifyConfig:
     """Measure on that device how fast the finished model decodes, dense and at every level, and tell it in the card."""
 
     def __post_init__(self) -> None:
-        levels = self.sparsity if isinstance(self.sparsity, Sequence) else (self.sparsity,)
-        object.__setattr__(self, "sparsity", tuple(sorted({float(level) for level in levels})))
-        if not levels:
-            raise ValueError("sparsity=[]: name at least one, such as 0.4")
+        if self.method == "relu":
+            for name, value in (("sparsity", self.sparsity), ("split", self.split)):
+                if value is not None:
+                    told = list(value) if isinstance(value, tuple) else value
+                    raise ValueError(
+                        f"{name}={told}: method=relu drops what is zero in every case, so there is nothing to choose; "
+                        f"leave {name} out, or take another method"
+                    )
+        else:
+            given = LEVELS if self.sparsity is None else self.sparsity
+            levels = given if isinstance(given, Sequence) else (given,)
+            if not levels:
+                raise ValueError("sparsity=[]: name at least one, such as 0.4")
+            object.__setattr__(self, "sparsity", tuple(sorted({float(level) for level in levels})))
+            object.__setattr__(self, "split", self.split or "search")
+        if self.search_sequences is None:
+            object.__setattr__(self, "search_sequences", max(1, min(SEARCH_SEQUENCES, self.sequences)))
         for level in self.levels:
             if not 0 <= level < 1:
                 raise ValueError(f"sparsity={level:g}: must be at least 0 and below 1")
@@ -89,12 +105,22 @@ class SparsifyConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.searched > self.sequences:
+            raise ValueError(
+                f"search_sequences={self.searched}: they are the first of the calibration text, which has "
+                f"sequences={self.sequences}; raise that, or lower search_sequences"
+            )
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The sparsities, the smallest first."""
-        assert isinstance(self.sparsity, tuple)
-        return self.sparsity
+        """The sparsities, the smallest first; none of method `relu`."""
+        return self.sparsity if isinstance(self.sparsity, tuple) else ()
+
+    @property
+    def searched(self) -> int:
+        """Sequences that splits are tried out on, settled."""
+        assert self.search_sequences is not None
+        return self.search_sequences
 
     @property
     def basis(self) -> Rotation:
@@ -200,7 +226,7 @@ def sparsify_folder(
         _write_model(folder, aside, texts.calibration[0], config, device, progress)
         model = load_model(aside, device=device).eval()
         magnitudes = _magnitudes(aside, texts.calibration[0], config, device) if config.method == "teal" else {}
-        search_BT = texts.calibration[0][: config.search_sequences]
+        search_BT = texts.calibration[0][: config.searched]
         levels = Levels(model, config.method, magnitudes, search_BT, batch_size=config.batch_size)
         found: dict[float, Level] = {}
         for sparsity, level in _levels(levels, config, progress):
@@ -217,14 +243,16 @@ def sparsify_folder(
             levels=found,
         )
         plan.save(aside)
-        (aside / CARD_FILE).write_text(card(folder, plan, rows, config.split, texts.name, texts.validation[0].shape))
+        (aside / CARD_FILE).write_text(
+            card(folder, plan, rows, config.split or "none", texts.name, texts.validation[0].shape)
+        )
     measured_dense, calibrated = len(POLICIES) * texts.validation[0].numel(), texts.calibration[0].numel()
     passes = (config.basis != "none") + (config.method == "teal")
     return Sparsified(plan=plan, rows=rows, tokens=measured_dense + passes * calibrated + levels.tokens)
 
 
 def _levels(levels: Levels, config: SparsifyConfig, progress: Progress) -> Iterator[tuple[float, Level]]:
-    if config.method == "relu":
+    if config.split is None:
         level = levels.zeros()
         yield round(level.nominal, 2), level
         return

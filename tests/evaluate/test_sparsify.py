@@ -25,7 +25,8 @@ SMALL = {"sequences": 4, "seq_len": 24, "evaluate_sequences": 6, "split": "ratio
 
 
 def made(folder: Path, out: Path, data: Path, **settings):
-    return sparsify_model(folder, out, data, SparsifyConfig(**{**SMALL, **settings}))
+    split = {"split": None} if settings.get("method") == "relu" else {}
+    return sparsify_model(folder, out, data, SparsifyConfig(**{**SMALL, **split, **settings}))
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "relu"])
@@ -62,7 +63,7 @@ def test_the_folder_holds_the_same_model_and_the_losses_that_its_card_tells(
 def test_hidden_units_at_zero_are_a_level_that_costs_nothing(
     config: ModelConfig, tokenizer, data: Path, tmp_path: Path
 ):
-    rectified = replace(config, mlp="reglu", mlp_bias=False)
+    rectified = replace(config, mlp="reglu", mlp_bias=False, dense_blocks=(0, 1))
     rack = Rack(rectified)
     init_weights(rack, rectified, seed=1)
     tokenizer.save(tmp_path / "tokenizer")
@@ -159,6 +160,11 @@ def test_an_export_takes_the_plan_along(config: ModelConfig, tokenizer, data: Pa
         (["seq_len=49"], "seq_len=49: this model takes 2 to 48 tokens"),
         (["data=nowhere"], "no prepared data here"),
         (["colour=red"], "colour"),
+        (["method=relu", "sparsity=0.9"], "sparsity=0.9: method=relu drops what is zero in every case"),
+        (["method=relu", "split=search"], "split=search: method=relu drops what is zero in every case"),
+        (["sequences=4", "search_sequences=100"], "search_sequences=100: they are the first of the calibration text"),
+        (["data=2024"], "2024: no prepared data here"),
+        (["data=007"], "007: no prepared data here"),
         (["device=gpu"], "device=gpu: nothing can be computed there, only on cpu"),
         (["device=meta"], "device=meta: nothing can be computed there"),
         (["sparsity"], "cannot be read as key=value"),
@@ -194,7 +200,7 @@ def test_a_model_with_weights_that_are_no_numbers_is_named(
 ):
     rack = Rack(config)
     init_weights(rack, config, seed=1)
-    rack.blocks[1].attention.o.weight.data[0, 0] = value
+    rack.state_dict()["blocks.1.attention.o.weight"][0, 0] = value
     write_folder(tmp_path / "broken", config, rack.named_parameters())
     before = sorted(tmp_path.iterdir())
     words = [f"data={data}", "seq_len=24", f"method={method}"]
