@@ -1,6 +1,7 @@
 """From a split of the sparsity to what is kept: one level of a plan, searched on a loaded model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,11 +12,16 @@ from raygrow.sparsity import allocate
 from raygrow.sparsity.allocate import Split, SplitName
 from raygrow.sparsity.apply import install
 from raygrow.sparsity.histogram import Histogram
-from raygrow.sparsity.inputs import Place, input_size
+from raygrow.sparsity.inputs import Place, block_weights, input_size, input_weights
 from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.methods import Choice, Method
 from raygrow.sparsity.plan import Level, make_level
 from raygrow.sparsity.policy import Divergence, Policy, policy_loss
+
+TOLERANCE = 0.005
+"""Of the share of weights that thresholds drop."""
+FITS = 12
+"""How many factors are tried for it."""
 
 
 class Levels:
@@ -61,7 +67,7 @@ class Levels:
             ValueError: If not enough weights can be dropped.
         """
         if split == "uniform":
-            return make_level(self.config, self.choices(allocate.uniform(self.config, sparsity)))
+            return self._level(allocate.uniform(self.config, sparsity), sparsity)
         best, lowest = allocate.best_ratio(self.config, sparsity, self.cost)
         if split == "search":
             if self._costs is None:
@@ -69,27 +75,19 @@ class Levels:
             found = allocate.cheapest(self.config, sparsity, self._costs)
             if self.cost(found) < lowest:
                 best = found
-        return make_level(self.config, self.choices(best))
+        return self._level(best, sparsity)
 
     def zeros(self) -> Level:
         """The one level of method `relu`: the hidden units that are zero, of which there are as many as the calibration
         text says. Those of experts are read whole.
         """
         hidden = {
-            (block, name): selector
+            (block, name): Choice(selector.size, 0.0)
             for (block, name), selector in self.selectors.items()
             if name == "down" and not self.config.has_experts(block)
         }
-        self._set({place: Choice(selector.size, 0.0) for place, selector in hidden.items()})
-        for selector in hidden.values():
-            selector.seen = (0, 0)
-        self._divergence.measure()
-        choices = self.choices({})
-        for place, selector in hidden.items():
-            kept, total = selector.seen or (0, 0)
-            selector.seen = None
-            choices[place] = Choice(max(1, round(kept / total * selector.size)), 0.0)
-        return make_level(self.config, choices, self.method)
+        choices = {**self.choices({}), **hidden}
+        return make_level(self.config, self._counted(choices, self._kept(choices)), self.method)
 
     def choices(self, split: Split) -> dict[Place, Choice]:
         """What is kept under a split; everything of inputs that it does not name."""
@@ -97,16 +95,60 @@ class Levels:
 
     def cost(self, split: Split) -> float:
         """How far a split takes the model from the dense one on the calibration text, all tokens sparse."""
-        self._set(self.choices(split))
-        self.rows.start, self.rows.stop = 0, None
-        self.tokens += self._divergence.tokens
-        return self._divergence.measure()
+        return self._diverges(self.choices(split))
 
     def measure(self, choices: Mapping[Place, Choice], batch: tuple[Tensor, Tensor], policy: Policy) -> float:
         """Nats per token on a text; `choices` of no input are the dense model."""
         self._set(choices)
         self.tokens += batch[0].numel()
         return policy_loss(self.model, self.rows, batch, policy, batch_size=self.batch_size)[0]
+
+    def _level(self, split: Split, sparsity: float) -> Level:
+        choices = self.choices(split)
+        return make_level(self.config, self._fitted(choices, sparsity) if self.method == "teal" else choices)
+
+    def _fitted(self, choices: Mapping[Place, Choice], sparsity: float) -> dict[Place, Choice]:
+        """Thresholds times the factor at which as much is dropped as is asked for.
+
+        Those of the dense model drop more: where inputs have lost entries, what is made of them is smaller.
+        """
+        low, factor, high = 0.0, 1.0, 2.0
+        for _ in range(FITS):
+            scaled = {place: _scaled(choice, factor) for place, choice in choices.items()}
+            kept = self._kept(scaled)
+            dropped = sum(input_weights(self.config, *place) * (1 - share) for place, share in kept.items())
+            over = dropped / block_weights(self.config) - sparsity
+            if abs(over) <= TOLERANCE:
+                break
+            low, high = (low, factor) if over > 0 else (factor, high)
+            factor = (low + high) / 2
+        return self._counted(scaled, kept)
+
+    def _kept(self, choices: Mapping[Place, Choice]) -> dict[Place, float]:
+        """The share of entries that exceed each threshold on the calibration text, all tokens sparse."""
+        counted = {place: self.selectors[place] for place, choice in choices.items() if choice.threshold is not None}
+        for selector in counted.values():
+            selector.seen = (0, 0)
+        self._diverges(choices)
+        kept = {place: selector.seen[0] / selector.seen[1] for place, selector in counted.items() if selector.seen}
+        for selector in counted.values():
+            selector.seen = None
+        return kept
+
+    def _counted(self, choices: Mapping[Place, Choice], kept: Mapping[Place, float]) -> dict[Place, Choice]:
+        """Choices that say how many entries exceed their thresholds."""
+        return {
+            place: Choice(max(1, round(kept[place] * self.selectors[place].size)), choice.threshold)
+            if place in kept
+            else choice
+            for place, choice in choices.items()
+        }
+
+    def _diverges(self, choices: Mapping[Place, Choice]) -> float:
+        self._set(choices)
+        self.rows.start, self.rows.stop = 0, None
+        self.tokens += self._divergence.tokens
+        return self._divergence.measure()
 
     def _set(self, choices: Mapping[Place, Choice]) -> None:
         for place, selector in self.selectors.items():
@@ -118,3 +160,7 @@ class Levels:
             return Choice(size)
         keep = min(size, max(1, round((1 - share) * size)))
         return Choice(keep, self._magnitudes[place].quantile(share) if self.method == "teal" else None)
+
+
+def _scaled(choice: Choice, factor: float) -> Choice:
+    return choice if choice.threshold is None else replace(choice, threshold=choice.threshold * factor)

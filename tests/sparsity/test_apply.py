@@ -1,5 +1,7 @@
 """A sparse model computes what a dense one does whose inputs have lost entries."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from raygrow.sparsity.allocate import uniform
 from raygrow.sparsity.apply import install
 from raygrow.sparsity.calibrate import calibrate
-from raygrow.sparsity.inputs import input_size
+from raygrow.sparsity.inputs import Place, block_weights, input_size, input_weights
 from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.methods import METHODS, Choice
@@ -90,12 +92,40 @@ def test_experts_share_what_is_kept_and_the_router_reads_all(method):
     torch.testing.assert_close(model(TEXT), reference(TEXT), rtol=1e-9, atol=1e-9)
 
 
-@torch.no_grad()
-def test_a_threshold_keeps_what_exceeds_it():
-    model = rack("gqa")
+def thresholds(kind: str) -> Levels:
+    model = rack(kind)
     statistics = list(calibrate(model.config, tensors(model), TEXT, device=CPU))
     magnitudes = {(i, name): found for i, block in enumerate(statistics) for name, found in block.magnitudes.items()}
-    levels = Levels(model, "teal", magnitudes, TEXT)
+    return Levels(model, "teal", magnitudes, TEXT)
+
+
+def dropped(levels: Levels, choices: Mapping[Place, Choice]) -> float:
+    """The share of the Blocks' weights that a text's tokens do not multiply by."""
+    levels._set(choices)
+    for selector in levels.selectors.values():
+        selector.seen = (0, 0)
+    levels.model(TEXT)
+    config, lost = levels.config, 0.0
+    for place, selector in levels.selectors.items():
+        lost += input_weights(config, *place) * (1 - selector.seen[0] / selector.seen[1])
+    return lost / block_weights(config)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mixtral"])
+@torch.no_grad()
+def test_thresholds_drop_as_much_as_is_asked_for(kind):
+    levels = thresholds(kind)
+    unfitted = dropped(levels, levels.choices(uniform(levels.config, 0.6)))
+    level = levels.level(0.6, "uniform")
+    assert abs(unfitted - 0.6) > 0.006  # those of dense activations do not
+    assert dropped(levels, level.choices) == pytest.approx(0.6, abs=0.005)
+    assert level.nominal == level.skipped == pytest.approx(0.6, abs=0.02)  # of 16 entries
+
+
+@torch.no_grad()
+def test_a_threshold_keeps_what_exceeds_it():
+    levels = thresholds("gqa")
+    model = levels.model
     levels._set(levels.choices(uniform(model.config, 0.4)))
     selector = levels.selectors[0, "attention"]
     threshold = selector.choice.threshold
