@@ -108,3 +108,32 @@ def test_the_divergence_is_that_of_predictions_in_full_precision(dtype):
     dense, sparse = ((x_BTD * 0.5 @ head_VD.T).log_softmax(-1) for x_BTD in (dense_BTD, found[-1]))
     expected = (dense.exp() * (dense - sparse)).sum().item() / TEXT.numel()
     assert cost == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 1e-3)
+
+
+def test_a_cost_is_that_of_all_tokens_whatever_was_measured_before():
+    levels = Levels(rack("mha"), "topk", {}, TEXT)
+    split = allocate.uniform(levels.config, 0.5)
+    cost = levels.cost(split)
+    levels.measure({}, (TEXT, TEXT.roll(-1, 1)), "decode")
+    assert levels.cost(split) == cost
+
+
+def test_the_search_is_taken_where_it_costs_less_and_only_there(monkeypatch):
+    levels = Levels(rack("mha"), "topk", {}, TEXT)
+
+    def one_block_matters(split):
+        return sum((100.0 if block == 1 else 1.0) * share**2 for (block, _), share in split.items())
+
+    def blocks_have_to_be_alike(split):
+        alike = all(split[block, name] == split[0, name] for block, name in split) if len(split) > 1 else True
+        return one_block_matters(split) + (0.0 if alike else 1e6)
+
+    def dropped(level):
+        return [1 - level.choices[block, "attention"].keep / 16 for block in range(3)]
+
+    monkeypatch.setattr(levels, "cost", one_block_matters)
+    first, sensitive, last = dropped(levels.level(0.5, "search"))
+    assert sensitive < 0.1 < 0.5 < min(first, last)
+    monkeypatch.setattr(levels, "cost", blocks_have_to_be_alike)
+    first, sensitive, last = dropped(levels.level(0.5, "search"))
+    assert first == sensitive == last > 0

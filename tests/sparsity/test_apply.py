@@ -46,7 +46,7 @@ def norms(*weights: Tensor) -> Tensor:
     return torch.cat([weight.flatten(0, -2) for weight in weights]).norm(dim=0)
 
 
-@pytest.mark.parametrize("method", ["topk", "wina"])
+@pytest.mark.parametrize("method", ["topk", "wina", "rotated_wina"])
 @pytest.mark.parametrize("kind", ["gqa", "biases", "gelu"])
 @torch.no_grad()
 def test_a_sparse_model_is_a_dense_one_with_zeros_in_its_inputs(kind, method):
@@ -55,7 +55,7 @@ def test_a_sparse_model_is_a_dense_one_with_zeros_in_its_inputs(kind, method):
     for place, selector in selectors.items():
         selector.choice = Choice(input_size(model.config, *place) // 2)
     for block in reference.blocks:
-        attention, mlp, weighted = block.attention, block.mlp, method == "wina"
+        attention, mlp, weighted = block.attention, block.mlp, method != "topk"
         readers = [mlp.gate, mlp.up] if hasattr(mlp, "gate") else [mlp.up]
         for module, projections in (
             (attention, [attention.q, attention.k, attention.v]),
@@ -76,14 +76,14 @@ def drop_by_expert(module, x_SF: Tensor, offsets_E: Tensor, *, weighted: bool) -
     return torch.cat([zero_all_but(9, n)(module, (x,))[0] for n, x in zip(by_expert, parts, strict=True)]), offsets_E
 
 
-@pytest.mark.parametrize("method", ["topk", "wina"])
+@pytest.mark.parametrize("method", ["topk", "wina", "rotated_wina"])
 @torch.no_grad()
 def test_experts_share_what_is_kept_and_the_router_reads_all(method):
     model, reference = rack("mixtral"), rack("mixtral")
     for place, selector in install(model, method, SparseRows()).items():
         selector.choice = Choice(input_size(model.config, *place) if place[1] in ("attention", "o") else 9)
     for block in reference.blocks:
-        experts, weighted = block.mlp.experts, method == "wina"
+        experts, weighted = block.mlp.experts, method != "topk"
         of_x = norms(experts.gate.weight, experts.up.weight)
         experts.register_forward_pre_hook(zero_all_but(9, of_x if weighted else None))
         experts.down.register_forward_pre_hook(
