@@ -1,16 +1,19 @@
 """Makes a model folder sparse on prepared data: its train split calibrates, its validation split measures."""
 
 import logging
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import Tokens, check_tokenizer, open_tokens
-from raygrow.evaluate.speed import decode_speeds
+from raygrow.evaluate.record import commit, versions
+from raygrow.evaluate.speed import decode_speeds, hardware
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.device import choose_device
 from raygrow.progress import Progress, silent
+from raygrow.sparsity.card import Origin
 from raygrow.sparsity.sparsify import CARD_FILE, Sparsified, SparsifyConfig, Texts, check_source, sparsify_folder
 from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from raygrow.weights.atomic import replace_file
@@ -45,12 +48,18 @@ def sparsify_model(
         raise FileExistsError(f"{target} exists already: remove it or choose another name")
     folder = open_folder(model_folder)
     check_source(folder, config)
-    choose_device(config.device)
+    device = choose_device(config.device)
     if config.speed and not (folder.path / TOKENIZER_FILE).is_file():
         raise ValueError(f"speed=true: {folder.path} has no {TOKENIZER_FILE}, which the engine needs; add it")
     texts = _texts(folder, data_path, config)
+    origin = Origin(
+        device=hardware(device),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=commit(),
+        versions=versions(),
+    )
     try:
-        made = sparsify_folder(folder, target, texts, config, progress=progress)
+        made = sparsify_folder(folder, target, texts, config, origin, progress=progress)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"batch_size={config.batch_size}: the device has too little memory for {folder.path} and as many sequences "

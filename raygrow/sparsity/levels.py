@@ -51,6 +51,8 @@ class Levels:
         self.tokens = tokens_BT.numel()
         """That have gone through the model."""
         self.selectors = install(model, method, self.rows)
+        self.taken: dict[float, SplitName] = {}
+        """By sparsity, which kind of split its level has."""
         self._magnitudes = magnitudes
         self._divergence = Divergence(model, tokens_BT, batch_size=batch_size)
         self._costs: dict[Place, list[float]] | None = None
@@ -66,6 +68,7 @@ class Levels:
         Raises:
             ValueError: If not enough weights can be dropped.
         """
+        self.taken[sparsity] = split
         if split == "uniform":
             return self._level(allocate.uniform(self.config, sparsity), sparsity)
         best, lowest = allocate.best_ratio(self.config, sparsity, self.cost)
@@ -75,6 +78,8 @@ class Levels:
             found = allocate.cheapest(self.config, sparsity, self._costs)
             if self.cost(found) < lowest:
                 best = found
+            else:
+                self.taken[sparsity] = "ratio"
         return self._level(best, sparsity)
 
     def zeros(self) -> Level:

@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +19,12 @@ from raygrow.sparsity import allocate
 from raygrow.sparsity.absorb import absorb_rules, absorbed_config
 from raygrow.sparsity.allocate import SplitName
 from raygrow.sparsity.calibrate import calibrate
-from raygrow.sparsity.card import Row, card
+from raygrow.sparsity.card import Card, Origin, Row
 from raygrow.sparsity.histogram import Histogram
 from raygrow.sparsity.inputs import Place
 from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
-from raygrow.sparsity.methods import ROTATIONS, Method, Rotation
+from raygrow.sparsity.methods import ROTATIONS, Choice, Method, Rotation
 from raygrow.sparsity.plan import PLAN_FILE, Calibration, Level, SparsityPlan
 from raygrow.sparsity.policy import POLICIES, Policy, policy_loss
 from raygrow.sparsity.rotation import block_bases, global_basis
@@ -200,7 +200,13 @@ def check_model(model: ModelConfig, config: SparsifyConfig, name: str) -> None:
 
 
 def sparsify_folder(
-    folder: ModelFolder, target: str | Path, texts: Texts, config: SparsifyConfig, *, progress: Progress = silent
+    folder: ModelFolder,
+    target: str | Path,
+    texts: Texts,
+    config: SparsifyConfig,
+    origin: Origin,
+    *,
+    progress: Progress = silent,
 ) -> Sparsified:
     """Writes a sparse model as a new folder: the model, its plan `sparsity.json` and its card `README.md`.
 
@@ -212,6 +218,7 @@ def sparsify_folder(
         target: The folder to write. It appears when it is complete.
         texts: What to calibrate on and what to measure on.
         config: How.
+        origin: For the card.
         progress: Told of Blocks, tensors and inputs that have been dealt with.
 
     Raises:
@@ -222,19 +229,22 @@ def sparsify_folder(
     check_source(folder, config)
     device = choose_device(config.device)
     with new_folder(Path(target)) as aside:
-        rows = [_dense_row(folder, texts.validation, device, config)]
+        rows = [_dense_row(folder, texts.validation, device)]
         _write_model(folder, aside, texts.calibration[0], config, device, progress)
         model = load_model(aside, device=device).eval()
         magnitudes = _magnitudes(aside, texts.calibration[0], config, device) if config.method == "teal" else {}
         search_BT = texts.calibration[0][: config.searched]
         levels = Levels(model, config.method, magnitudes, search_BT, batch_size=config.batch_size)
+        rotated = None
+        if config.basis != "none":
+            rotated = Row(
+                sparsity=0.0, nominal=0.0, skipped=0.0, sequence_losses=_sequence_losses(levels, {}, texts.validation)
+            )
         found: dict[float, Level] = {}
         for sparsity, level in _levels(levels, config, progress):
             found[sparsity] = level
-            losses: dict[Policy, float] = {
-                policy: levels.measure(level.choices, texts.validation, policy) for policy in POLICIES
-            }
-            rows.append(Row(sparsity=sparsity, nominal=level.nominal, skipped=level.skipped, losses=losses))
+            losses = _sequence_losses(levels, level.choices, texts.validation)
+            rows.append(Row(sparsity=sparsity, nominal=level.nominal, skipped=level.skipped, sequence_losses=losses))
             logger.info("%s", rows[-1].told(rows[0]))
         plan = SparsityPlan(
             method=config.method,
@@ -243,9 +253,18 @@ def sparsify_folder(
             levels=found,
         )
         plan.save(aside)
-        (aside / CARD_FILE).write_text(
-            card(folder, plan, rows, config.split or "none", texts.name, texts.validation[0].shape)
+        told = Card(
+            folder=folder,
+            plan=plan,
+            config=replace(config, seq_len=texts.validation[0].shape[1]),
+            taken=levels.taken,
+            rows=rows,
+            rotated=rotated,
+            sequences=texts.validation[0].shape[0],
+            dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
+            origin=origin,
         )
+        (aside / CARD_FILE).write_text(told.text(), encoding="utf-8")
     measured_dense, calibrated = len(POLICIES) * texts.validation[0].numel(), texts.calibration[0].numel()
     passes = (config.basis != "none") + (config.method == "teal")
     return Sparsified(plan=plan, rows=rows, tokens=measured_dense + passes * calibrated + levels.tokens)
@@ -294,17 +313,30 @@ def _write_model(
     write_stored(target, reported(), layout, description, companions_from=folder.path, replace=True)
 
 
-def _dense_row(folder: ModelFolder, batch: Batch, device: torch.device, config: SparsifyConfig) -> Row:
+def _dense_row(folder: ModelFolder, batch: Batch, device: torch.device) -> Row:
     model: Rack = load_model(folder.path, device=device).eval()
-    losses: dict[Policy, float] = {
-        policy: policy_loss(model, SparseRows(), batch, policy, batch_size=config.batch_size)[0] for policy in POLICIES
+    found: dict[Policy, list[float]] = {
+        policy: [policy_loss(model, SparseRows(), sequence, policy)[0] for sequence in _sequences(batch)]
+        for policy in POLICIES
     }
-    if not all(map(math.isfinite, losses.values())):
+    row = Row(sparsity=0.0, nominal=0.0, skipped=0.0, sequence_losses=found)
+    if not all(map(math.isfinite, row.losses.values())):
         raise ValueError(
-            f"{folder.path}: the loss of this model is {losses['all']:g} on the validation text, so there is nothing "
-            "to choose by: look for NaN and inf in its weights"
+            f"{folder.path}: the loss of this model is {row.losses['all']:g} on the validation text, so there is "
+            "nothing to choose by: look for NaN and inf in its weights"
         )
-    return Row(sparsity=0.0, nominal=0.0, skipped=0.0, losses=losses)
+    return row
+
+
+def _sequence_losses(levels: Levels, choices: Mapping[Place, Choice], batch: Batch) -> dict[Policy, list[float]]:
+    """Nats per token of every sequence by itself, which is what tells how far their mean is to be trusted."""
+    return {
+        policy: [levels.measure(choices, sequence, policy) for sequence in _sequences(batch)] for policy in POLICIES
+    }
+
+
+def _sequences(batch: Batch) -> Iterator[Batch]:
+    return zip(*(part_BT.split(1) for part_BT in batch), strict=True)
 
 
 def _magnitudes(path: Path, tokens_BT: Tensor, config: SparsifyConfig, device: torch.device) -> dict[Place, Histogram]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from raygrow.evaluate.sparsify import sparsify_model
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
+from raygrow.sparsity.card import Row
 from raygrow.sparsity.inputs import INPUTS
 from raygrow.sparsity.methods import METHODS, ROTATIONS
 from raygrow.sparsity.plan import PLAN_FILE, load_plan
@@ -54,7 +57,10 @@ def test_the_folder_holds_the_same_model_and_the_losses_that_its_card_tells(
             )
             assert record.loss == pytest.approx(row.losses[policy], rel=1e-5)
             assert record.tokens == 6 * (24 if policy == "all" else 12)
-            assert f"{row.perplexity(policy):.4f} ({row.rise(dense, policy):+.2%})" in card
+            error = row.error(dense, policy)
+            assert error is not None
+            assert f"{row.perplexity(policy):.4f} ({row.rise(dense, policy):+.2%} ± {100 * error:.2g})" in card
+    assert ("| rotated, nothing dropped |" in card) == (ROTATIONS[method] != "none")
     assert levels[1].losses["all"] != pytest.approx(dense.losses["all"], rel=1e-4)
     assert (levels[0].skipped < levels[0].nominal) == (ROTATIONS[method] == "block")
 
@@ -76,6 +82,45 @@ def test_hidden_units_at_zero_are_a_level_that_costs_nothing(
     settings = {"sequences": 6, "seq_len": 24, "device": "cpu", "policy": "all"}
     losses = [evaluate_model(tmp_path / "out", data, **settings, sparsity=level).loss for level in (None, row.sparsity)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_the_commands_of_a_card_make_the_model_and_its_figures_again(
+    model_folder: Path, data: Path, tmp_path: Path, capsys
+):
+    first = made(model_folder, tmp_path / "a folder", data, sparsity=(0.3, 0.5), search_sequences=2)
+    card = (tmp_path / "a folder/README.md").read_text()
+    sparsify, *evaluations = [shlex.split(line)[1:] for line in card.splitlines() if line.startswith("raygrow ")]
+    again = str(tmp_path / "again")
+    assert main([again if word == "MODEL" else word for word in sparsify] + ["device=cpu"]) == 0
+    assert load_plan(tmp_path / "again", open_folder(model_folder).config) == first.plan
+    for words in evaluations:
+        capsys.readouterr()
+        assert main([again if word == "MODEL" else word for word in words]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["loss"] == pytest.approx(first.rows[-1].losses[record["policy"]], rel=1e-5)
+    assert "- **calibrated** the bases on 4 sequences, splits are tried out on 2 sequences of 24 tokens" in card
+    assert "- **made** in float32 on " in card
+    assert f"torch {torch.__version__}" in card
+
+
+def test_the_error_of_a_rise_is_that_of_sequences_in_pairs():
+    def row(*losses: float) -> Row:
+        return Row(sparsity=0.5, nominal=0.5, skipped=0.5, sequence_losses={"all": losses})
+
+    dense = row(1.0, 2.0, 6.0)
+    assert row(1.1, 2.1, 6.1).error(dense, "all") == pytest.approx(0, abs=1e-12)
+    assert row(1.1, 2.2, 6.3).error(dense, "all") == pytest.approx(math.exp(0.2) * 0.1 / math.sqrt(3))
+    assert row(1.1).error(row(1.0), "all") is None
+
+
+def test_a_card_without_a_text_says_so_and_is_named_by_its_run(model_folder: Path, data: Path, tmp_path: Path):
+    (tmp_path / "run.yaml").touch()
+    made(model_folder, tmp_path / "out", data, sparsity=0.4, method="topk", split="uniform")
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith(f"# {tmp_path.name}, sparse\n")
+    assert "- **calibrated** on nothing" in card
+    kept = next(line for line in card.splitlines() if line.startswith("| 0.4 | uniform |"))
+    assert [int(share) for share in re.findall(r"(\d+)% \(", kept)] == pytest.approx([60] * len(INPUTS), abs=1)
 
 
 def test_a_model_without_zeros_has_none_to_skip(model_folder: Path, data: Path, tmp_path: Path):
