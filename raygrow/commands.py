@@ -165,19 +165,25 @@ def export(parsed: argparse.Namespace) -> int:
     import shutil
 
     from raygrow.sparsity.plan import PLAN_FILE
+    from raygrow.sparsity.sparsify import CARD_FILE
+    from raygrow.weights.atomic import new_folder
     from raygrow.weights.folder import open_folder, write_folder
 
     folder = open_folder(_model_folder(parsed.model))
-    write_folder(
-        parsed.target,
-        folder.config,
-        folder.tensors.items(),
-        format=parsed.format,
-        tokenizer_from=folder.path,
-        settings=folder.settings if folder.format == parsed.format == "hf" else None,
-    )
-    if (folder.path / PLAN_FILE).exists():
-        shutil.copyfile(folder.path / PLAN_FILE, parsed.target / PLAN_FILE)
+    with new_folder(parsed.target) as aside:
+        write_folder(
+            aside,
+            folder.config,
+            folder.tensors.items(),
+            format=parsed.format,
+            tokenizer_from=folder.path,
+            settings=folder.settings if folder.format == parsed.format == "hf" else None,
+            replace=True,
+        )
+        sparse = (folder.path / PLAN_FILE).exists()
+        for name in (PLAN_FILE, CARD_FILE) if sparse else ():
+            if (folder.path / name).exists():
+                shutil.copyfile(folder.path / name, aside / name)
     print(parsed.target)
     return 0
 

@@ -178,7 +178,7 @@ def test_speed_needs_a_tokenizer(config: ModelConfig, data: Path, tmp_path: Path
     assert not (tmp_path / "sparse").exists()
 
 
-def test_an_export_takes_the_plan_along(config: ModelConfig, tokenizer, data: Path, tmp_path: Path):
+def test_an_export_takes_the_plan_and_the_card_along(config: ModelConfig, tokenizer, data: Path, tmp_path: Path):
     mixture = replace(config, n_stacks=1, blocks_per_stack=2, dense_blocks=())
     rack = Rack(mixture)
     init_weights(rack, mixture, seed=1)
@@ -189,6 +189,15 @@ def test_an_export_takes_the_plan_along(config: ModelConfig, tokenizer, data: Pa
     settings = {"sequences": 6, "seq_len": 24, "sparsity": 0.4, "device": "cpu"}
     losses = [evaluate_model(tmp_path / name, data, **settings).loss for name in ("sparse", "hf")]
     assert losses[0] == losses[1]
+    assert (tmp_path / "hf/README.md").read_text() == (tmp_path / "sparse/README.md").read_text()
+
+
+def test_an_export_whose_plan_cannot_be_copied_leaves_nothing(model_folder: Path, tmp_path: Path, capsys):
+    (model_folder / PLAN_FILE).mkdir()
+    before = sorted(tmp_path.iterdir())
+    assert main(["export", str(model_folder), str(tmp_path / "out"), "--format", "raygrow"]) == 2
+    assert "raygrow: " in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
