@@ -245,7 +245,6 @@ def sparsify_folder(
             found[sparsity] = level
             losses = _sequence_losses(levels, level.choices, texts.validation)
             rows.append(Row(sparsity=sparsity, nominal=level.nominal, skipped=level.skipped, sequence_losses=losses))
-            logger.info("%s", rows[-1].told(rows[0]))
         plan = SparsityPlan(
             method=config.method,
             rotation=config.basis,

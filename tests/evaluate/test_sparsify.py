@@ -84,6 +84,16 @@ def test_hidden_units_at_zero_are_a_level_that_costs_nothing(
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
+def test_a_result_is_told_once(
+    model_folder: Path, data: Path, tmp_path: Path, capsys, caplog: pytest.LogCaptureFixture
+):
+    words = [f"data={data}", "sparsity=[0.3,0.5]", "method=topk", "split=uniform", "seq_len=24", "device=cpu"]
+    assert main(["sparsify", str(model_folder), str(tmp_path / "out"), *words]) == 0
+    out, error = capsys.readouterr()
+    told = out + error + caplog.text
+    assert [told.count(f"sparsity {level}: ") for level in (0.3, 0.5)] == [1, 1]
+
+
 def test_the_commands_of_a_card_make_the_model_and_its_figures_again(
     model_folder: Path, data: Path, tmp_path: Path, capsys
 ):
