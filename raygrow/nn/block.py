@@ -29,9 +29,7 @@ class Block(nn.Module):
         self.mlp = Moe(config) if config.has_experts(index) else mlp(config)
         self.adapter = linear(config.d_model, config.d_model) if config.has_adapter(index) else nn.Identity()
 
-    def forward(
-        self, x_BTD: Tensor, rope: Rope, attend: Attend
-    ) -> tuple[Tensor, Balance | None, Activity | None]:
+    def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend) -> tuple[Tensor, Balance | None, Activity | None]:
         """`(B, T, D)` in and out; with experts how evenly they were used; of a kind of MLP that has zeros, where
         gradients are wanted, what hidden units did for each sequence, summed over its tokens.
         """
