@@ -83,8 +83,8 @@ def test_the_loss_falls_and_the_balance_holds(single) -> None:
 
 def test_balancing_evens_out_the_experts(single, data: Path, tmp_path: Path) -> None:
     without = run(1, tmp_path, data, replace(TRAIN, load_balancing=0.0))
-    assert single[-1]["balance_loss"] < without[-1]["balance_loss"]
-    assert single[-1]["expert_load_max"] < without[-1]["expert_load_max"]
+    for key in ("balance_loss", "expert_load_max"):  # over all reports: the loads of one step are few numbers
+        assert sum(record[key] for record in single) < sum(record[key] for record in without), key
 
 
 def test_a_weight_on_activations_makes_them_small_and_few(single, data: Path, tmp_path: Path) -> None:
