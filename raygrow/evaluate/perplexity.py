@@ -4,19 +4,17 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import MANIFEST_FILE, check_tokenizer, open_tokens
 from raygrow.evaluate.record import commit, sha256_of, versions
 from raygrow.nn.device import choose_device
-from raygrow.nn.score import bits_per_byte, sum_loss
+from raygrow.nn.score import bits_per_byte, in_pieces, sum_loss
 from raygrow.progress import Progress, silent
 from raygrow.sparsity.apply import sparse
 from raygrow.sparsity.linear import SparseRows
@@ -117,7 +115,7 @@ def evaluate_model(
     batch = under_policy(batch, rows, policy)
     logger.info("evaluating %s on %s, %d sequences of %d tokens", model_folder, place, *batch[0].shape)
     started = time.perf_counter()
-    total, count = sum_loss(model, _parts(batch, batch_size, place, progress))
+    total, count = sum_loss(model, in_pieces(batch, batch_size, place, progress))
     loss = total.item() / count
     return EvaluationRecord(
         loss=loss,
@@ -142,13 +140,3 @@ def evaluate_model(
         data=str(data_path),
         data_sha256=sha256_of([data_path / MANIFEST_FILE]),
     )
-
-
-def _parts(
-    batch: tuple[Tensor, Tensor], size: int, device: torch.device, progress: Progress
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batch in pieces of `size` sequences on the device; says so when one has been dealt with."""
-    inputs_BT, targets_BT = batch
-    for start in range(0, len(inputs_BT), size):
-        yield inputs_BT[start : start + size].to(device), targets_BT[start : start + size].to(device)
-        progress(min(start + size, len(inputs_BT)), len(inputs_BT), "sequences scored")

@@ -9,7 +9,6 @@ A causal model computes `decode` in one forward pass: what a prompt's tokens are
 Shapes: B sequences, T tokens, N tokens of all sequences, D model, V vocabulary.
 """
 
-from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from raygrow.kernels.cross_entropy import IGNORE
 from raygrow.nn.rack import Rack
-from raygrow.nn.score import sum_loss
+from raygrow.nn.score import in_pieces, sum_loss
 from raygrow.sparsity.linear import SparseRows
 
 Policy = Literal["all", "decode"]
@@ -39,15 +38,9 @@ def policy_loss(
         policy: Which tokens are sparse.
         batch_size: Sequences at a time.
     """
-    tokens_BT, counted_BT = under_policy(batch, rows, policy)
-    device = model.embedding.weight.device
-
-    def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        for tokens, targets in zip(tokens_BT.split(batch_size), counted_BT.split(batch_size), strict=True):
-            yield tokens.to(device), targets.to(device)
-
+    counted = under_policy(batch, rows, policy)
     with torch.inference_mode():
-        total, count = sum_loss(model, parts())
+        total, count = sum_loss(model, in_pieces(counted, batch_size, model.embedding.weight.device))
     return total.item() / count, count
 
 
