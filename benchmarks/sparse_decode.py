@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from common import copy_bytes_per_second, write_results
 from torch import Tensor
 
+from raygrow.kernels.decode_attention import decode_attention
 from raygrow.kernels.sparse_linear import (
     UNION_ROWS,
     Selection,
@@ -35,6 +36,7 @@ from raygrow.kernels.sparse_linear import (
     select,
     sparse_linear,
 )
+from raygrow.nn.rope import rope_angles
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -84,6 +86,7 @@ class Way:
     lists: bool = True
     """Whether one row is read by its list of indices, or by its zeros."""
     pdl: bool = True
+    """Whether selections and products start while the kernel before them ends; attention does where it can."""
     hints: bool = True
 
 
@@ -117,8 +120,8 @@ class Model:
         s, dtype = self.shape, self.embedding.dtype
         cache = (s.n_blocks, rows, s.past + 1, s.n_heads, s.d_model // s.n_heads)
         self.k, self.v = (torch.randn(cache, device=DEVICE, dtype=dtype) for _ in range(2))
-        self.position = torch.tensor(s.past, device=DEVICE, dtype=torch.int32)
-        self.tickets = torch.zeros(s.n_blocks, rows, s.n_heads, device=DEVICE, dtype=torch.int32)
+        self.slots, self.positions = torch.arange(rows, device=DEVICE), torch.full((rows,), s.past, device=DEVICE)
+        self.rope = rope_angles(self.positions, head_dim=cache[-1], theta=THETA)
         self.hints = torch.zeros(s.n_blocks, 4, rows, device=DEVICE, dtype=torch.int32)
         self.tokens = torch.arange(rows, device=DEVICE)
 
@@ -165,14 +168,11 @@ class Model:
         skip = sparse and index is None
         return sparse_linear_triton(index, value, weight, skip_zeros=skip, tiling=tiling, **rest)
 
-    def attend(self, qkv: Tensor, block: int, way: Way) -> Tensor:
+    def attend(self, qkv: Tensor, block: int) -> Tensor:
         """Attention over the cache and the new token."""
-        if CUDA:
-            from triton_attend import attend
-
-            cache = self.k[block], self.v[block]
-            return attend(qkv, *cache, self.position, self.tickets[block], theta=THETA, pdl=way.pdl)
-        return attend_torch(qkv, self.k[block], self.v[block], self.shape.past)
+        q, k, v = qkv.unflatten(1, (3, self.shape.n_heads, -1)).unbind(1)
+        cache = self.k[block], self.v[block]
+        return decode_attention(q, k, v, self.rope, *cache, self.slots, self.positions).flatten(1)
 
     def adapt(self, x: Tensor, block: int, way: Way) -> Tensor:
         """The residual stream in the next Block's basis."""
@@ -189,7 +189,7 @@ class Model:
         x = self.embedding[self.tokens]
         for block in range(self.shape.n_blocks):
             h = self.choose(x, way, "attention", block, norm=True)
-            h = self.attend(self.project(h, "qkv", block, way), block, way)
+            h = self.attend(self.project(h, "qkv", block, way), block)
             x = self.project(self.choose(h, way, "o", block, norm=False), "o", block, way, x)
             residual = self.adapt(x, block, way) if way.adapters and block + 1 < self.shape.n_blocks else x
             h = self.project(self.choose(x, way, "mlp", block, norm=True), "gate_up", block, way)
@@ -209,22 +209,6 @@ INPUTS = {"attention": "qkv", "o": "o", "mlp": "gate_up", "down": "down"}
 def y_features(weight: Tensor, gated: bool) -> int:
     """Outputs of a product."""
     return weight.shape[1] // 2 if gated else weight.shape[1]
-
-
-def attend_torch(qkv_RF: Tensor, k_RTNH: Tensor, v_RTNH: Tensor, past: int) -> Tensor:
-    """The twin of `triton_attend.attend`."""
-    rows, _, heads, dim = k_RTNH.shape
-    q, k, v = qkv_RF.view(rows, 3, heads, dim).unbind(1)
-    angle = past * THETA ** (-torch.arange(dim // 2, device=qkv_RF.device) / (dim // 2))
-    cos, sin = angle.cos(), angle.sin()
-
-    def rotate(x: Tensor) -> Tensor:
-        one, two = x.chunk(2, -1)
-        return torch.cat([one * cos - two * sin, two * cos + one * sin], -1).to(x.dtype)
-
-    k_RTNH[:, past], v_RTNH[:, past] = rotate(k), v
-    out = F.scaled_dot_product_attention(rotate(q)[:, :, None], k_RTNH.transpose(1, 2), v_RTNH.transpose(1, 2))
-    return out.flatten(1)
 
 
 def keeps(shape: Shape, sparsity: float, split: tuple[float, float]) -> dict[str, int]:
