@@ -16,8 +16,8 @@ SPACES = Path(__file__).resolve().parent / "spaces"
 DATA = ["data.roots=site-packages", "data.tokenizer.vocab_size=16384"]
 SETTINGS = [
     *("model=decoder/llama/small", "data=python_source", "train.seq_len=1024", "train.batch_size=64"),
-    *("train.optimizer.lr=2e-3", "train.schedule.warmup_steps=50"),
-    *("train.evaluate_every=50", "train.evaluate_sequences=512", "train.checkpoint_every=10000"),
+    *("train.optimizer.lr=2e-3", "train.schedule.warmup_steps=100"),
+    *("train.evaluate_every=100", "train.evaluate_sequences=512", "train.checkpoint_every=10000"),
 ]
 SMOKE_DATA = [f"data.roots=[{ROOT / 'raygrow'}]", "data.tokenizer.vocab_size=512"]
 SMOKE = [

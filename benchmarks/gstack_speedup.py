@@ -9,7 +9,7 @@ Speedup is FLOPs_scratch / FLOPs_grown - 1 at equal validation loss (arXiv 2405.
 in two ways: (a) undecayed, as the paper does: both arms at a constant learning rate, at the loss that scratch ends at;
 (b) decayed: both arms at the ends of several budgets, each with its learning rate decayed over the last 20 %.
 
-The search: the control's learning rate and warmup on a grid; when, by how much and at which rates to grow, chosen by
+The search: the control's learning rate, batch and warmup on grids; when, by how much and at which rates to grow, by
 Optuna and stopped early where they lag; growth in two steps, and in width and then depth, on grids. The final runs,
 on seeds that the search has not used: the winner, the control, growth when the published formula says, and stacking a
 random base (d = 0).
@@ -47,7 +47,7 @@ WIDE = [
     *("plan.phases.stacked.growth.operator=width", "plan.phases.stacked.growth.factor=2"),
     *("plan.phases.stacked.growth.noise_snr_db=10", f"{AGAIN}.operator=gstack", f"{AGAIN}.factor=4"),
 ]
-SEARCHES = {"scratch": ["plan=scratch"], "growth": GSTACK, "twice": TWICE, "wide": WIDE}
+SEARCHES = {"scratch": ["plan=scratch"], "warmup": ["plan=scratch"], "growth": GSTACK, "twice": TWICE, "wide": WIDE}
 """Each a space of the same name in `spaces/`."""
 
 NO_SHARE = "plan.phases.base.share=null"
