@@ -83,7 +83,7 @@ class Inputs:
     def step(self, run: Callable[..., Any], parameters: list[nn.Parameter], *more: Any, **options: Any) -> None:
         """Forward and backward."""
         out = run(self.x_BTD, *more, **options)
-        out_BTD, balance = out if isinstance(out, tuple) else (out, None)
+        out_BTD, balance = out[:2] if isinstance(out, tuple) else (out, None)
         outputs, directions = [out_BTD], [self.direction_BTD]
         if balance is not None:
             outputs.append(BALANCING * balance.loss_B.sum())

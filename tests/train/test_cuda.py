@@ -74,7 +74,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(data: Path, tmp_p
 def test_activation_checkpointing_changes_no_loss(data: Path, tmp_path: Path, model: ModelConfig) -> None:
     plain = run(tmp_path / "plain", data, model)
     saving = run(tmp_path / "saving", data, model, replace(TRAIN, activation_checkpointing=True))
-    assert [record["loss"] for record in saving] == pytest.approx([record["loss"] for record in plain], rel=2e-3)
+    # compiled otherwise, it rounds otherwise; with experts that sends a token near a tie elsewhere
+    rel = 2e-2 if model.n_experts else 2e-3
+    assert [record["loss"] for record in saving] == pytest.approx([record["loss"] for record in plain], rel=rel)
 
 
 def test_a_forked_trial_is_the_trial_run_alone(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
