@@ -1,8 +1,8 @@
 """Triton kernel behind `kernels/decode_attention.py`: split-KV flash decoding, with the new token's rotation and store.
 
 One program reads one part of one row's keys and values of one key-value head, for all the heads that share it. The last
-program of a row and head to end puts the parts together, in their order. How a row is split depends on its length
-alone, so its result does not depend on the rows beside it; parts that a row does not have return at once.
+program of a row and head to end puts the parts together, in their order. How a row is split depends on its length and
+on how many rows there are, not on what the others hold; parts that a row does not have return at once.
 
 Shapes: R rows, S slots, T tokens, N heads, K key-value heads, G heads that share one, H head dim, P parts.
 """
@@ -15,9 +15,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from raygrow.kernels.triton_launch import overlapping, overlaps, tickets_of
 
-MOST_PARTS = 16
-"""Of a row: enough for one sequence to keep a GPU busy, few enough that empty ones cost little."""
-SMALLEST_PART = 256
+PROGRAMS = 1024
+"""So many keep a GPU busy: few rows are split into more parts than many."""
+SMALLEST_PART = 64
 """Tokens; a smaller part is not worth a program."""
 
 
@@ -59,6 +59,7 @@ def _attend(
     v = v.to(tl.pointer_type(q.dtype.element_ty))
     kv_head, row, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     position = tl.load(positions + row).to(tl.int32)
+    slot = tl.load(slots + row).to(tl.int64)  # before it is needed: what is read next need not wait for it then
     size = tl.maximum(tl.cdiv(tl.cdiv(position + 1, PARTS), BLOCK_T) * BLOCK_T, SMALLEST)
     first = part * size
     if first > position:
@@ -71,7 +72,7 @@ def _attend(
     cos_h, sin_h = tl.load(cos + row * H + h, mask=real_h), tl.load(sin + row * H + h, mask=real_h)
     head_g = kv_head * G + g
     q_gh = _rotated(q + row * q_stride, head_g[:, None] * H, cos_h[None, :], sin_h[None, :], h[None, :], real_gh, H)
-    base = tl.load(slots + row).to(tl.int64) * slot_stride + kv_head * H
+    base = slot * slot_stride + kv_head * H
 
     highest_g = tl.full([BLOCK_G], -float("inf"), tl.float32)
     sum_g = tl.zeros([BLOCK_G], tl.float32)
@@ -156,7 +157,7 @@ def decode_attention_triton(
     out_RNH = torch.empty(rows, heads, dim, dtype=q_RNH.dtype, device=q_RNH.device)
     if not rows:
         return out_RNH
-    parts = min(MOST_PARTS, triton.cdiv(k_STKH.shape[1], SMALLEST_PART))
+    parts = min(triton.cdiv(PROGRAMS, rows * kv_heads), triton.cdiv(k_STKH.shape[1], SMALLEST_PART))
     block_h = triton.next_power_of_2(dim)
     partial = torch.empty(rows * heads * parts * (dim + 2), dtype=torch.float32, device=q_RNH.device)
     pdl = overlaps(q_RNH.device)
