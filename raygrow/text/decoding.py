@@ -10,6 +10,8 @@ REPLACEMENT = "\ufffd"
 CONTEXT = 8
 LONGEST_CHARACTER = 4
 """Bytes of UTF-8, and so at most as many tokens."""
+LONGEST_RUN = 32
+"""Tokens decoded at once where no character comes to an end: of bytes that are no text there may be any number."""
 
 
 class IncrementalDecoder:
@@ -38,16 +40,17 @@ class IncrementalDecoder:
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that new tokens add, as far as it is certain."""
-        return "".join(self._push(token) for token in ids)
+        return "".join([self.push_one(token) for token in ids])
 
-    def _push(self, token: int) -> str:
+    def push_one(self, token: int) -> str:
+        """The text that a new token adds, as far as it is certain."""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        certain = text.rstrip(REPLACEMENT)
-        if len(certain) == len(text):
+        if not text.endswith(REPLACEMENT):
             return self._give(text)
         if len(self._window) - self._whole > LONGEST_CHARACTER:
-            certain = text[:-1]  # too long for one character: these bytes are none, the last may begin one
+            return self._give_broken(text)
+        certain = text.rstrip(REPLACEMENT)
         new = certain[self._given :]
         self._given = max(self._given, len(certain))
         return new
@@ -60,12 +63,25 @@ class IncrementalDecoder:
         """All that is left of a window whose text is whole; the next window begins with what is new in this one."""
         new = text[self._given :]
         window = self._window[self._whole :]
-        again = self._tokenizer.decode(window)
-        if again:  # without text in front of it, the next token could lose its space
+        # without text in front of it, the next token could lose its space
+        if again := self._tokenizer.decode(window):
             self._window, self._given = window, len(again)
+        elif before := self._tokenizer.decode(self._window[: self._whole]):
+            del self._window[self._whole :]
+            self._given = len(before)
         else:
             self._given = max(self._given, len(text))
         self._whole = len(self._window)
+        return new
+
+    def _give_broken(self, text: str) -> str:
+        """What is certain of bytes that are too long for one character: they are none, but the last may begin one."""
+        new = text[self._given : -1]
+        self._given = max(self._given, len(text) - 1)
+        if len(self._window) > LONGEST_RUN:  # begin a new window, for each token decodes all of it again
+            self._window = self._window[-LONGEST_RUN // 2 :]
+            self._given = len(self._tokenizer.decode(self._window)) - 1
+            self._whole = 0
         return new
 
 
@@ -115,5 +131,7 @@ def _last_whole(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[list[int], in
 
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of the text that the stop string begins with."""
-    sizes = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while start >= 0 and not stop.startswith(text[start:]):
+        start = text.find(stop[0], start + 1)
+    return len(text) - start if start >= 0 else 0

@@ -55,6 +55,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # a text that spells out a special token is still only text
         self.eos_id = _end_id(self._backend, settings, origin)
         """Id of the token that ends every document."""
+        self._alone: dict[int, str] = {}
+        """Texts of single tokens, as far as they were asked for."""
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         """One more than the largest id: the rows that an embedding needs."""
         self.settings: dict[str, Any] = settings
@@ -84,7 +86,12 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids; special tokens are left out."""
-        return self._backend.decode(ids, skip_special_tokens=True)
+        if len(ids) != 1:
+            return self._backend.decode(ids, skip_special_tokens=True)
+        text = self._alone.get(ids[0])
+        if text is None:  # as good as every step of every sequence asks for one token's
+            text = self._alone[ids[0]] = self._backend.decode(ids, skip_special_tokens=True)
+        return text
 
     def token(self, id: int) -> str | None:
         """A token as the vocabulary spells it; None for an id that is not in it."""

@@ -68,6 +68,11 @@ def test_bytes_that_are_no_character_come_out_as_decoded_and_do_not_wait_for_eve
         ids = [draw.randrange(byte_level.vocab_size) for _ in range(40)]
         decoder = IncrementalDecoder(byte_level)
         assert "".join(decoder.push([token]) for token in ids) + decoder.flush() == byte_level.decode(ids)
+    parts = [token for token in range(byte_level.vocab_size) if byte_level.decode([token]) == "\ufffd"]
+    for _ in range(20):
+        ids = draw.choices(parts, k=300)
+        decoder = IncrementalDecoder(byte_level)
+        assert "".join(decoder.push([token]) for token in ids) + decoder.flush() == byte_level.decode(ids)
     continuation = byte_level.encode("\u4f60")[1:2]
     decoder = IncrementalDecoder(byte_level)
     assert len("".join(decoder.push(continuation) for _ in range(100))) > 90
@@ -82,6 +87,22 @@ def test_space_after_special_tokens_is_kept(sentencepiece: Tokenizer) -> None:
     decoder = IncrementalDecoder(sentencepiece)
     pieces = [decoder.push([token]) for token in [*ids[:space], *end, *ids[space:]]]
     assert "".join(pieces) == "ab cd"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_tokens_that_make_no_text_are_not_decoded_again_and_again(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    longest, decode = [0], Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: longest.append(len(ids)) or decode(self, ids))
+    byte = tokenizer.encode("\u4f60")[-1]
+    for token in (tokenizer.eos_id, byte, tokenizer.vocab_size + 5):
+        decoder = IncrementalDecoder(tokenizer, tokenizer.encode("ab cd"))
+        for _ in range(200):
+            decoder.push([token])
+        assert decoder.push(tokenizer.encode("ab cd")).endswith("ab cd")
+    assert max(longest) < 50
 
 
 def test_a_stop_string_cuts_the_text_however_it_is_split() -> None:
