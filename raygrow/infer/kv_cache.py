@@ -65,6 +65,8 @@ class _Row:
     busy: bool = False
     tokens: int = 0
     """Busy: those promised to its sequence. Ended: those that can still be read."""
+    reach: int = 0
+    """Busy: tokens that the pages promised to its sequence hold."""
     found: int = 0
     """Tokens of the ended sequence that were there when the busy one took the slot over."""
     pages: int = 0
@@ -161,11 +163,12 @@ class KvCache:
         """
         if not 0 <= tokens <= self.max_tokens:
             raise ValueError(f"tokens={tokens}: a slot has positions for 0 to {self.max_tokens}")
-        row, pages = self._rows[slot], self._pages(tokens)
+        row = self._rows[slot]
         # pages promised to a running sequence are never taken, so this needs no lock
-        if row.busy and pages <= self._pages(row.tokens):
+        if row.busy and tokens <= row.reach:
             row.tokens = max(row.tokens, tokens)
             return True
+        pages = self._pages(tokens)
         with self._lock:
             if self._failure is not None:
                 raise RuntimeError("the KV cache could not map memory") from self._failure
@@ -173,7 +176,7 @@ class KvCache:
                 return False
             if not row.busy:
                 row.found = min(row.tokens, tokens)
-            row.busy, row.tokens = True, tokens
+            row.busy, row.tokens, row.reach = True, tokens, self._tokens(pages)
         return True
 
     def release(self, slot: int, keep_tokens: int = 0) -> None:
@@ -225,6 +228,8 @@ class KvCache:
     def map_ahead(self, slot: int, tokens: int) -> None:
         """Maps what `ensure(slot, tokens)` will need, at most one page per tensor ahead of what the slot has."""
         row = self._rows[slot]
+        if tokens * self._token_bytes <= row.pages * self._page_bytes:  # nearly always
+            return
         pages = min(self._pages(min(tokens, self.max_tokens)), self._pages(row.tokens) + 1)
         if not row.busy or pages <= row.pages or slot in self._asked:
             return
