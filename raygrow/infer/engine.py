@@ -223,9 +223,8 @@ class Engine:
 
     def _take(self, step: Step) -> list[_New]:
         """Gives sequences the tokens of a step when they are there, and ends those that end whatever their text is."""
-        living = [running.sequence for running in self._requests.values()]
-        news = [_New(sequence, reason="length") for sequence in step.scored if sequence in living]
-        for sequence, token, logprob in step.take(living):
+        news = [_New(sequence, reason="length") for sequence in step.scored if not sequence.ended]
+        for sequence, token, logprob in step.take():
             if token == NOT_A_NUMBER:
                 news.append(_New(sequence, reason="error"))
                 continue

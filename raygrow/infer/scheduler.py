@@ -39,9 +39,8 @@ class Chunk(NamedTuple):
     @property
     def wanted(self) -> range:
         """Positions whose logits are wanted: the last one's if it completes, all where the prompt is to be scored."""
-        if self.sequence.unscored:
-            return range(self.start, self.stop)
-        return range(self.stop - self.completes, self.stop)
+        sequence, start, stop = self
+        return range(start if sequence.unscored else stop - (stop == len(sequence.tokens)), stop)
 
 
 class Scheduler:
@@ -70,6 +69,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out that has ended or is no longer wanted; its slot is free at once."""
+        sequence.ended = True
         if sequence.slot is None:
             self.waiting.remove(sequence)
         else:

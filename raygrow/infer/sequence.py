@@ -23,6 +23,8 @@ class Sequence:
         """Tokens, from the first, whose keys and values its slot holds."""
         self.cached: int | None = None
         """Tokens of the prompt that were found in the cache; known from when it is first let in."""
+        self.ended = False
+        """Whether it gets no more tokens; a step that has begun may hold it all the same."""
         self._scores = request.sampling.prompt_logprobs is not None
         self.prompt_logprobs: list[Logprob | None] = [None] if self._scores else []
         """Of the prompt's tokens, as far as they have been scored; preemption does not lose them."""

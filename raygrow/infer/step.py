@@ -33,30 +33,27 @@ class Step:
         """Sequences that end with this step, without a token."""
         row = 0
         for chunk in chunks:
-            sequence = chunk.sequence
+            sequence, start, stop = chunk
             if sequence.unscored:
-                first = max(chunk.start + 1, len(sequence.prompt_logprobs))
-                targets = range(first, min(chunk.stop + 1, sequence.prompt_length))
-                self._scores += [(sequence, target, row + target - 1 - chunk.start) for target in targets]
+                first = max(start + 1, len(sequence.prompt_logprobs))
+                targets = range(first, min(stop + 1, sequence.prompt_length))
+                self._scores += [(sequence, target, row + target - 1 - start) for target in targets]
             row += len(chunk.wanted)
             if chunk.completes and sequence.request.sampling.max_tokens:
                 self._sampled.append((sequence, row - 1))
             elif chunk.completes:
                 self.scored.append(sequence)
-            sequence.computed = chunk.stop
+            sequence.computed = stop
         self._tokens = OnItsWay(self._choose(computed)) if self._sampled else None
 
-    def take(self, living: Row[Sequence]) -> list[tuple[Sequence, int, Logprob | None]]:
-        """Waits for the device. Prompts of living sequences get their scores.
-
-        Args:
-            living: Sequences that have not ended since the step began.
+    def take(self) -> list[tuple[Sequence, int, Logprob | None]]:
+        """Waits for the device. Prompts get their scores.
 
         Returns:
-            The living sequences that get a token, it (or NOT_A_NUMBER), and its log-probability where asked for.
+            The sequences that get a token and have not ended since the step began, it (or NOT_A_NUMBER), and its
+            log-probability where asked for.
         """
-        alive = set(map(id, living))
-        scores = [score for score in self._scores if id(score[0]) in alive]
+        scores = [score for score in self._scores if not score[0].ended]
         if scores:
             tokens = [sequence.tokens[target] for sequence, target, _ in scores]
             counts = [sequence.request.sampling.prompt_logprobs or 0 for sequence, _, _ in scores]
@@ -67,7 +64,7 @@ class Step:
         given = [
             (sequence, row, token)
             for (sequence, row), token in zip(self._sampled, tokens, strict=True)
-            if id(sequence) in alive
+            if not sequence.ended
         ]
         asked = self._new_logprobs(given)
         return [(sequence, token, asked.get(row)) for sequence, row, token in given]
