@@ -37,7 +37,7 @@ class Output:
             token: The new one.
             reason: What `count` has said of it.
         """
-        text = "" if reason == "stop" else self._decoder.push([token])
+        text = "" if reason == "stop" else self._decoder.push_one(token)
         if reason:
             text += self._decoder.flush()
         if self._stops is not None:

@@ -30,8 +30,7 @@ class Logprob(NamedTuple):
     """The likeliest tokens there and theirs, likeliest first: the same floats, so that the likeliest equals itself."""
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What is new of one request since its last Delta."""
 
     id: str

@@ -1,7 +1,5 @@
 """A step that begins before the texts of the one before are made, and graphs whose recording is played by hand."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -41,12 +39,12 @@ def test_a_step_ahead_changes_no_answer(subject: Subject, scarce: bool, monkeypa
             engine.add(given)
         found = {id: merged(deltas) for id, deltas in finish(engine).items()}
         # what was in the cache depends on when a sequence came in
-        answers.append({id: replace(delta, cached_tokens=0) for id, delta in found.items()})
+        answers.append({id: delta._replace(cached_tokens=0) for id, delta in found.items()})
         assert engine.stats.running == engine.stats.waiting == 0
         assert bool(engine.stats.preemptions) == scarce
     for id, expected in answers[0].items():
         assert scored(answers[1][id]) == pytest.approx(scored(expected), abs=1e-4)
-        without = [replace(delta, logprobs=(), prompt_logprobs=()) for delta in (answers[1][id], expected)]
+        without = [delta._replace(logprobs=(), prompt_logprobs=()) for delta in (answers[1][id], expected)]
         assert without[0] == without[1]
     stopped = [id for id, delta in answers[0].items() if delta.finish_reason == "stop"]
     assert len({int(id) % 8 for id in stopped} & {6, 7}) == 2, "stop texts are found, which end a step too many"

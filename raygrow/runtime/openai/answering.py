@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import cast
 
 from raygrow.infer.request import Delta, PromptTooLong, Request
@@ -80,7 +79,7 @@ async def _measured(model: Model, request: Request, metrics: Metrics) -> AsyncGe
             async for delta in deltas:
                 if delta.finish_reason in ("error", "abort"):
                     if delta.text:  # what came before the end is the client's all the same
-                        yield replace(delta, finish_reason=None, error=None)
+                        yield delta._replace(finish_reason=None, error=None)
                     raise _lost(delta.error or "the server stopped before the answer was finished")
                 if first is None and delta.token_ids:
                     first = time.perf_counter()
@@ -110,8 +109,7 @@ def merged(deltas: Iterable[Delta]) -> Delta:
     if not rest:
         return first
     whole = [first, *rest]
-    return replace(
-        whole[-1],
+    return whole[-1]._replace(
         token_ids=tuple(token for delta in whole for token in delta.token_ids),
         text="".join(delta.text for delta in whole),
         logprobs=tuple(logprob for delta in whole for logprob in delta.logprobs),
