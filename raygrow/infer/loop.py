@@ -50,14 +50,13 @@ class EngineLoop:
         self._closing = False
         self._failure: BaseException | None = None
         self._step_began: float | None = None
-        self._stats = engine.stats
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's numbers, as of its last step."""
-        return self._stats
+        """The engine's numbers of now; some of them may be those of a moment ago."""
+        return self.engine.stats
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         """The Deltas of a request as they come. Closing the iterator aborts it.
@@ -121,7 +120,6 @@ class EngineLoop:
                 self._step_began = time.monotonic()
                 deltas = self.engine.step()
                 self._step_began = None
-                self._stats = self.engine.stats
                 self._give_out(deltas)
         except BaseException as error:
             logger.exception("the engine has failed")
@@ -141,7 +139,6 @@ class EngineLoop:
                 self._abort(stream)
             else:
                 self._begin(stream)
-        self._stats = self.engine.stats
         return not closing
 
     def _begin(self, stream: _Stream) -> None:
