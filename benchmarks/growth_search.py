@@ -1,7 +1,7 @@
 """What the benchmarks of growth share: one model on one corpus, and searches over it by `raygrow tune`.
 
 12 blocks of d 512 (39M parameters in blocks) on the Python source of the machine's installed packages, 16k vocabulary,
-65k tokens a step. Every search is a command that can be typed; trials share their trunks, and a search that is stopped
+33k tokens a step. Every search is a command that can be typed; trials share their trunks, and a search that is stopped
 goes on.
 """
 
@@ -15,8 +15,8 @@ SPACES = Path(__file__).resolve().parent / "spaces"
 
 DATA = ["data.roots=site-packages", "data.tokenizer.vocab_size=16384"]
 SETTINGS = [
-    *("model=decoder/llama/small", "data=python_source", "train.seq_len=1024", "train.batch_size=64"),
-    *("train.optimizer.lr=2e-3", "train.schedule.warmup_steps=100"),
+    *("model=decoder/llama/small", "data=python_source", "train.seq_len=1024", "train.batch_size=32"),
+    *("train.optimizer.lr=1e-3", "train.schedule.warmup_steps=100"),
     *("train.evaluate_every=100", "train.evaluate_sequences=512", "train.checkpoint_every=10000"),
 ]
 SMOKE_DATA = [f"data.roots=[{ROOT / 'raygrow'}]", "data.tokenizer.vocab_size=512"]

@@ -19,6 +19,9 @@ PROGRAMS = 1024
 """So many keep a GPU busy: few rows are split into more parts than many."""
 SMALLEST_PART = 64
 """Tokens; a smaller part is not worth a program."""
+STAGES = 3
+"""Pieces of keys and values that are on their way at a time."""
+WARPS = 4
 
 
 @triton.jit
@@ -32,15 +35,12 @@ def _rotated(x, where, cos_h, sin_h, h, mask, H: tl.constexpr):
 
 
 @triton.jit
-def _fold(score_gt, v_th, highest_g, sum_g, out_gh, G: tl.constexpr):
+def _fold(score_gt, v_th, highest_g, sum_g, out_gh):
     """Tokens more in a running softmax."""
     new_highest_g = tl.maximum(highest_g, tl.max(score_gt, 1))
     weight_gt = tl.exp(score_gt - new_highest_g[:, None])
     shrink_g = tl.exp(highest_g - new_highest_g)
-    if G == 1:  # a product of vectors: tensor cores want 16 rows
-        product_gh = tl.sum(tl.trans(weight_gt) * v_th.to(tl.float32), 0)[None, :]
-    else:
-        product_gh = tl.dot(weight_gt.to(v_th.dtype), v_th, input_precision="ieee")
+    product_gh = tl.dot(weight_gt.to(v_th.dtype), v_th, input_precision="ieee")
     return new_highest_g, sum_g * shrink_g + tl.sum(weight_gt, 1), out_gh * shrink_g[:, None] + product_gh
 
 
@@ -49,14 +49,16 @@ def _attend(
     q, k_new, v_new, cos, sin, k, v, slots, positions, out, partial, tickets,
     q_stride, k_stride, slot_stride, token_stride, scale,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, SMALLEST: tl.constexpr,
+    ALIGNED: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    # addresses, not tensors: a launch would look at the first byte of a tensor, whose page may not exist
-    k = k.to(tl.pointer_type(q.dtype.element_ty))
-    v = v.to(tl.pointer_type(q.dtype.element_ty))
+    # addresses, not tensors: a launch would look at the first byte of a tensor, whose page may not exist. Of addresses
+    # the compiler knows nothing, and would read entry by entry
+    k = tl.multiple_of(k.to(tl.pointer_type(q.dtype.element_ty)), ALIGNED)
+    v = tl.multiple_of(v.to(tl.pointer_type(q.dtype.element_ty)), ALIGNED)
     kv_head, row, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     position = tl.load(positions + row).to(tl.int32)
     slot = tl.load(slots + row).to(tl.int64)  # before it is needed: what is read next need not wait for it then
@@ -78,19 +80,16 @@ def _attend(
     sum_g = tl.zeros([BLOCK_G], tl.float32)
     out_gh = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
     last = tl.minimum(first + size, position)
-    for start in range(first, last, BLOCK_T):
+    for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
         token = start + t
         # nothing beyond the position is touched: its page may not exist
         real_th = (token < last)[:, None] & real_h[None, :]
         where_th = base + token.to(tl.int64)[:, None] * token_stride + h[None, :]
         k_th = tl.load(k + where_th, mask=real_th, other=0.0)
         v_th = tl.load(v + where_th, mask=real_th, other=0.0)
-        if G == 1:
-            score_gt = tl.sum(q_gh.to(tl.float32) * k_th.to(tl.float32), 1)[None, :]
-        else:
-            score_gt = tl.dot(q_gh, tl.trans(k_th), input_precision="ieee")
+        score_gt = tl.dot(q_gh, tl.trans(k_th), input_precision="ieee")
         score_gt = tl.where((token < last)[None, :], score_gt * scale, -float("inf"))
-        highest_g, sum_g, out_gh = _fold(score_gt, v_th, highest_g, sum_g, out_gh, G)
+        highest_g, sum_g, out_gh = _fold(score_gt, v_th, highest_g, sum_g, out_gh)
 
     if first + size > position:  # the part of the new token, which the other programs need not see
         k_h = _rotated(k_new + row * k_stride, kv_head * H, cos_h, sin_h, h, real_h, H)
@@ -158,7 +157,6 @@ def decode_attention_triton(
     if not rows:
         return out_RNH
     parts = min(triton.cdiv(PROGRAMS, rows * kv_heads), triton.cdiv(k_STKH.shape[1], SMALLEST_PART))
-    block_h = triton.next_power_of_2(dim)
     partial = torch.empty(rows * heads * parts * (dim + 2), dtype=torch.float32, device=q_RNH.device)
     pdl = overlaps(q_RNH.device)
     # the parts are the slowest dimension of the grid, so that the empty ones come last
@@ -167,9 +165,10 @@ def decode_attention_triton(
         out_RNH, partial, tickets_of(k_STKH, rows * kv_heads),
         q_RNH.stride(0), k_RKH.stride(0), k_STKH.stride(0), k_STKH.stride(1), dim**-0.5,
         K=kv_heads, G=shared, H=dim, PARTS=parts, SMALLEST=SMALLEST_PART,
+        ALIGNED=16 if k_STKH.data_ptr() % 16 == v_STKH.data_ptr() % 16 == 0 else 1, STAGES=STAGES,
         BLOCK_T=64 if q_RNH.dtype.itemsize == 2 else 32,
-        BLOCK_G=1 if shared == 1 else max(16, triton.next_power_of_2(shared)),
-        BLOCK_H=block_h if shared == 1 else max(16, block_h), BLOCK_P=triton.next_power_of_2(parts), PDL=pdl,
-        num_warps=4, num_stages=2, **overlapping(pdl),
+        # tensor cores want 16 rows: for fewer heads most of what they do is for nothing, and they are still faster
+        BLOCK_G=max(16, triton.next_power_of_2(shared)), BLOCK_H=max(16, triton.next_power_of_2(dim)),
+        BLOCK_P=triton.next_power_of_2(parts), PDL=pdl, num_warps=WARPS, **overlapping(pdl),
     )  # fmt: skip
     return out_RNH

@@ -160,9 +160,12 @@ class TestKernel:
             check(decode_attention(*case), case, expected, tolerance)
 
     def test_a_row_does_not_depend_on_what_those_beside_it_hold(self) -> None:
-        case = on_gpu(random_case(16, 4, 64, [5, 3000, 1, 64], dtype=torch.bfloat16))
-        together_RNH = decode_attention(*case)
+        def fresh() -> Case:  # each stores into its cache
+            return on_gpu(random_case(16, 4, 64, [5, 3000, 1, 64], dtype=torch.bfloat16))
+
+        together_RNH = decode_attention(*fresh())
         for row in range(4):
+            case = fresh()
             others_empty_R = torch.zeros_like(case.positions_R)
             others_empty_R[row] = case.positions_R[row]
             assert torch.equal(decode_attention(*case._replace(positions_R=others_empty_R))[row], together_RNH[row])
