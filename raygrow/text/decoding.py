@@ -1,7 +1,7 @@
 """Token ids to text while they are still being made: no broken characters, no lost spaces, nothing beyond a stop."""
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import islice, product
 
 from raygrow.text.tokenizer import Tokenizer
 
@@ -10,8 +10,8 @@ REPLACEMENT = "\ufffd"
 CONTEXT = 8
 LONGEST_CHARACTER = 4
 """Bytes of UTF-8, and so at most as many tokens."""
-LONGEST_RUN = 32
-"""Tokens decoded at once where no character comes to an end: of bytes that are no text there may be any number."""
+LONGEST_WINDOW = 32
+"""Tokens decoded at once. Only what is no text, or nothing but spaces, comes to so many."""
 
 
 class IncrementalDecoder:
@@ -44,15 +44,18 @@ class IncrementalDecoder:
 
     def push_one(self, token: int) -> str:
         """The text that a new token adds, as far as it is certain."""
+        if self._tokenizer.is_silent(token):
+            return ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         if not text.endswith(REPLACEMENT):
             return self._give(text)
-        if len(self._window) - self._whole > LONGEST_CHARACTER:
-            return self._give_broken(text)
         certain = text.rstrip(REPLACEMENT)
+        if len(self._window) - self._whole > LONGEST_CHARACTER:
+            certain = text[:-1]  # too long for one character: these bytes are none, the last may begin one
         new = certain[self._given :]
         self._given = max(self._given, len(certain))
+        self._shorten(len(text) - len(certain))
         return new
 
     def flush(self) -> str:
@@ -63,26 +66,24 @@ class IncrementalDecoder:
         """All that is left of a window whose text is whole; the next window begins with what is new in this one."""
         new = text[self._given :]
         window = self._window[self._whole :]
-        # without text in front of it, the next token could lose its space
-        if again := self._tokenizer.decode(window):
+        again = self._tokenizer.decode(window)
+        if again:  # without text in front of it, the next token could lose its space
             self._window, self._given = window, len(again)
-        elif before := self._tokenizer.decode(self._window[: self._whole]):
-            del self._window[self._whole :]
-            self._given = len(before)
         else:
             self._given = max(self._given, len(text))
+            self._shorten(0)
         self._whole = len(self._window)
         return new
 
-    def _give_broken(self, text: str) -> str:
-        """What is certain of bytes that are too long for one character: they are none, but the last may begin one."""
-        new = text[self._given : -1]
-        self._given = max(self._given, len(text) - 1)
-        if len(self._window) > LONGEST_RUN:  # begin a new window, for each token decodes all of it again
-            self._window = self._window[-LONGEST_RUN // 2 :]
-            self._given = len(self._tokenizer.decode(self._window)) - 1
-            self._whole = 0
-        return new
+    def _shorten(self, uncertain: int) -> None:
+        """Begins a new window in the midst of a text that does not become whole, lest ever more is decoded each time.
+
+        Args:
+            uncertain: Characters at the end of the text that have not been given out.
+        """
+        if len(self._window) > LONGEST_WINDOW:
+            self._window = self._window[-LONGEST_WINDOW // 2 :]
+            self._whole, self._given = 0, len(self._tokenizer.decode(self._window)) - uncertain
 
 
 class StopFinder:
@@ -116,17 +117,16 @@ class StopFinder:
 
 
 def _last_whole(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[list[int], int]:
-    """The last few tokens, cut between characters, and how many they are without a character that is not complete."""
-    count = CONTEXT
-    while count < len(ids) and not tokenizer.decode(list(ids[-count:])):
-        count *= 2  # special tokens have no text
+    """The last few tokens that have text, cut between characters, and how many of them are whole characters."""
+    spoken = (token for token in reversed(ids) if not tokenizer.is_silent(token))
+    last = list(islice(spoken, CONTEXT + LONGEST_CHARACTER))[::-1]
     for more, without in product(range(LONGEST_CHARACTER), repeat=2):
-        window = list(ids[-count - more :])
+        window = last[-CONTEXT - more :]
         whole = max(0, len(window) - without)
         text = tokenizer.decode(window[:whole])
         if text == text.strip(REPLACEMENT):
             return window, whole
-    return list(ids[-count:]), min(count, len(ids))
+    return last[-CONTEXT:], min(CONTEXT, len(last))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -93,6 +93,10 @@ class Tokenizer:
             text = self._alone[ids[0]] = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
+    def is_silent(self, id: int) -> bool:
+        """Whether a token has no text: it is a special one, or none of the vocabulary's."""
+        return id in self._special_ids or id >= self.vocab_size
+
     def token(self, id: int) -> str | None:
         """A token as the vocabulary spells it; None for an id that is not in it."""
         return self._backend.id_to_token(id)
@@ -107,6 +111,10 @@ class Tokenizer:
     def layout(self) -> dict[str, Any]:
         """What `tokenizer.json` says."""
         return json.loads(self._files[TOKENIZER_FILE])
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
 
     def file(self, name: str) -> str | None:
         """The text of one of the tokenizer's files, if it has it."""

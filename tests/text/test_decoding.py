@@ -90,14 +90,14 @@ def test_space_after_special_tokens_is_kept(sentencepiece: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
-def test_tokens_that_make_no_text_are_not_decoded_again_and_again(
+def test_tokens_that_end_no_text_are_not_decoded_again_and_again(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(kind)
     longest, decode = [0], Tokenizer.decode
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: longest.append(len(ids)) or decode(self, ids))
-    byte = tokenizer.encode("\u4f60")[-1]
-    for token in (tokenizer.eos_id, byte, tokenizer.vocab_size + 5):
+    byte, space = tokenizer.encode("\u4f60")[-1], tokenizer.encode("a b")[1]
+    for token in (tokenizer.eos_id, tokenizer.vocab_size + 5, byte, space):
         decoder = IncrementalDecoder(tokenizer, tokenizer.encode("ab cd"))
         for _ in range(200):
             decoder.push([token])
