@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -16,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 STUCK_SECONDS = 120.0
 """A step that takes longer is stuck: even one that compiles kernels is done sooner."""
+
+SWITCH_SECONDS = 0.0002
+"""For how long other threads of Python may go on when the engine's is to: meanwhile the device has nothing to do."""
 
 
 @dataclass(eq=False)
@@ -31,6 +35,8 @@ class _Stream:
 
 class EngineLoop:
     """Steps an engine for as long as it has work. Requests may come from any number of event loops.
+
+    All threads of the process take turns more often from then on (`SWITCH_SECONDS`).
 
     When a step raises, every request that is in the engine ends with an error, and `check` raises from then on:
     what the engine holds can no longer be relied on.
@@ -50,6 +56,7 @@ class EngineLoop:
         self._closing = False
         self._failure: BaseException | None = None
         self._step_began: float | None = None
+        sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

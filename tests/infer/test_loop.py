@@ -1,4 +1,5 @@
 import asyncio
+import sys
 import threading
 import time
 from contextlib import aclosing
@@ -6,7 +7,7 @@ from contextlib import aclosing
 import pytest
 
 from raygrow.infer.engine import Engine
-from raygrow.infer.loop import EngineLoop
+from raygrow.infer.loop import SWITCH_SECONDS, EngineLoop
 from raygrow.infer.request import Delta, Request
 from tests.infer.subjects import Subject, prompts, request, text_of, tokens_of
 
@@ -190,5 +191,15 @@ def test_closing_ends_what_is_unfinished(quick: Subject):
             await collect(loop, request("late", [1]))
         with pytest.raises(RuntimeError, match="closed"):
             loop.check()
+
+    asyncio.run(main())
+
+
+def test_the_engine_does_not_wait_long_for_its_turn(quick: Subject):
+    async def main() -> None:
+        sys.setswitchinterval(0.005)
+        loop = EngineLoop(quick.engine())
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+        await loop.close()
 
     asyncio.run(main())
