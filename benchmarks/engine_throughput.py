@@ -52,6 +52,7 @@ from workload import (
 
 from raygrow.infer.engine import Engine, load_engine
 from raygrow.nn.config import ModelConfig
+from raygrow.nn.joined import join
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.allocate import ratio_split
 from raygrow.sparsity.apply import install
@@ -238,6 +239,8 @@ def single_row(
     model = random_model(config, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows, skipped = make_sparse(model, sparsity) if sparsity else (None, 0.0)
+    if not sparsity and device.type == "cuda":
+        join(model)  # as `load_engine` does
     prompt, new = (16, 16) if config is SMOKE else (SINGLE_PROMPT, SINGLE_NEW)
     engine = Engine(model, tokenizer, engine_config(device, seqs=1, max_len=prompt + new), rows=rows)
     works = [

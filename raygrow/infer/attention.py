@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from raygrow.infer.kv_cache import KvCache
 from raygrow.kernels.decode_attention import decode_attention
-from raygrow.kernels.rotary import rotate
+from raygrow.kernels.rotary import rotate_fused
 from raygrow.nn.attention import Attend, Rope
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -70,20 +70,20 @@ def _attend(
     rope: Rope,
 ) -> Tensor:
     q_TNH, k_TKH, v_TKH = q_BTNH[0], k_BTKH[0], v_BTKH[0]
-
-    def of(rows: slice) -> tuple[Tensor, Tensor, Tensor, Rope]:
-        return q_TNH[rows], k_TKH[rows], v_TKH[rows], (rope[0][rows], rope[1][rows])
-
-    parts = []
+    parts, first = [], 0
     if decodes is not None:
-        new = of(slice(len(decodes.slots_R)))
+        first = len(decodes.slots_R)
+        new = q_TNH[:first], k_TKH[:first], v_TKH[:first], (rope[0][:first], rope[1][:first])
         parts.append(decode_attention(*new, k_cache, v_cache, decodes.slots_R, decodes.positions_R))
+    if stretches:  # all are turned at once
+        angles = rope[0][first:], rope[1][first:]
+        q_CNH, k_CKH = rotate_fused(q_TNH[first:], *angles), rotate_fused(k_TKH[first:], *angles)
     for stretch in stretches:
-        q_CNH, k_CKH, v_CKH, angles = of(stretch.rows)
+        rows = slice(stretch.rows.start - first, stretch.rows.stop - first)
         k_SKH, v_SKH = k_cache[stretch.slot, : stretch.stop], v_cache[stretch.slot, : stretch.stop]
-        k_SKH[stretch.start :] = rotate(k_CKH, *angles)
-        v_SKH[stretch.start :] = v_CKH
-        parts.append(_stretch_attention(rotate(q_CNH, *angles), k_SKH, v_SKH, stretch.mask))
+        k_SKH[stretch.start :] = k_CKH[rows]
+        v_SKH[stretch.start :] = v_TKH[stretch.rows]
+        parts.append(_stretch_attention(q_CNH[rows], k_SKH, v_SKH, stretch.mask))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 

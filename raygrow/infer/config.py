@@ -34,7 +34,8 @@ class EngineConfig:
     async_scheduling: bool | None = None
     """Begin a step before the texts of the one before are made; on CUDA, which computes meanwhile, when not given."""
     kv_layout: KvLayout = "auto"
-    """How Blocks share pages of memory."""
+    """How Blocks share pages: each has its own (`block`), or all share them (`interleaved`), which takes a tenth of the
+    driver's calls and wastes less of a sequence's last page. `auto` is interleaved on CUDA: steps take as long."""
     sparsity: float | None = None
     """Tokens of answers skip this share of the Blocks' weights; a level of a model that `raygrow sparsify` has made.
     Dense when not given, or 0."""

@@ -22,6 +22,7 @@ from raygrow.infer.slots import Slots
 from raygrow.infer.staging import on_device
 from raygrow.infer.step import Step
 from raygrow.nn.device import choose_device
+from raygrow.nn.joined import join
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.apply import sparse
 from raygrow.sparsity.linear import SparseRows
@@ -280,6 +281,7 @@ def _last(sequence: Sequence, reason: FinishReason, *, error: str | None) -> Del
 
 def _make_cache(model: Rack, config: EngineConfig, max_tokens: int) -> KvCache:
     weight = model.embedding.weight
+    best = "interleaved" if weight.is_cuda else "block"
     try:
         return KvCache(
             model.config,
@@ -288,7 +290,7 @@ def _make_cache(model: Rack, config: EngineConfig, max_tokens: int) -> KvCache:
             dtype=weight.dtype,
             device=weight.device,
             budget_bytes=cache_budget(model, config, max_tokens),
-            layout="block" if config.kv_layout == "auto" else config.kv_layout,
+            layout=best if config.kv_layout == "auto" else config.kv_layout,
         )
     except ValueError as error:
         raise ValueError(f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}: {error}") from error
@@ -316,6 +318,8 @@ def load_engine(folder: str | Path, config: EngineConfig | None = None) -> Engin
     if plan is not None and config.sparsity:
         rows = SparseRows() if plan.method != "relu" else None  # which leaves out what is zero, of any token
         sparse(model, plan, config.sparsity, rows=rows)
+    elif device.type == "cuda":
+        join(model)
     return Engine(model, tokenizer, config, end_ids={tokenizer.eos_id, *_end_ids(folder)}, rows=rows)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raygrow.kernels.grouped_mm import grouped_mm
 from raygrow.kernels.sparse_linear import Selection, select, sparse_expert_linear
-from raygrow.nn.mlp import SwigluMlp
+from raygrow.nn.joined import fusible, readers
 from raygrow.nn.moe import Moe
 from raygrow.sparsity.linear import SparseRows, only_kept, selected
 from raygrow.sparsity.methods import Selector, column_norms
@@ -93,16 +93,6 @@ class SparseMoe(nn.Module):
     def _scale(self, expert_S: Tensor) -> Tensor | None:
         """What the scores of each slot's hidden units are weighted by, `(S, F)`."""
         return None if self.scale_EF is None else self.scale_EF[expert_S]
-
-
-def readers(mlp: Any) -> list:
-    """The projections that read an MLP's input, in the order that its activation takes them."""
-    return [mlp.gate, mlp.up] if hasattr(mlp, "gate") else [mlp.up]
-
-
-def fusible(mlp: Any) -> bool:
-    """Whether the product's kernel can do the activation too: what reads the input is a SwiGLU without biases."""
-    return type(mlp) is SwigluMlp and mlp.up.bias is None
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

@@ -49,8 +49,8 @@ class SparseLinear(nn.Module):
     def __init__(
         self,
         projections: Sequence[nn.Linear],
-        rows: SparseRows,
         *,
+        rows: SparseRows,
         weighted: bool,
         norm: nn.Module | None = None,
         gated: bool = False,
