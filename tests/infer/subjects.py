@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raygrow.infer.config import EngineConfig
@@ -96,12 +97,12 @@ def tokens_of(deltas: list[Delta]) -> list[int]:
 
 
 @torch.no_grad()
-def widest_gap(model: Rack, prompt: list[int], tokens: list[int]) -> float:
-    """How far below the best logit that of a chosen token is at most, in standard deviations of the logits there."""
+def gaps(model: Rack, prompt: list[int], tokens: list[int]) -> Tensor:
+    """How far below the best logit that of each chosen token is, in standard deviations of the logits there."""
     whole = torch.tensor([[*prompt, *tokens]], device=model.embedding.weight.device)
     logits_TV = model(whole)[0, len(prompt) - 1 : -1].float()
     gaps_T = logits_TV.amax(-1) - logits_TV.gather(1, whole[0, len(prompt) :, None])[:, 0]
-    return float((gaps_T / logits_TV.std(-1)).max())
+    return gaps_T / logits_TV.std(-1)
 
 
 def text_of(deltas: list[Delta]) -> str:

@@ -5,7 +5,7 @@ import torch
 
 from raygrow.infer.graphs import graph_sizes
 from raygrow.weights.folder import load_model
-from tests.infer.subjects import Subject, finish, prompts, request, text_of, tokens_of, widest_gap
+from tests.infer.subjects import Subject, finish, gaps, prompts, request, text_of, tokens_of
 from tests.infer.test_step_ahead import of_all_kinds
 
 
@@ -39,8 +39,9 @@ def test_bf16_tokens_differ_only_at_near_ties(each_subject: Subject, enforce_eag
     for i, prompt in enumerate(given):
         engine.add(request(str(i), prompt, max_tokens=20, ignore_eos=True))
     found = finish(engine)
-    for i, prompt in enumerate(given):
-        assert widest_gap(model, prompt, tokens_of(found[str(i)])) < 0.1
+    wide = torch.cat([gaps(model, prompt, tokens_of(found[str(i)])) for i, prompt in enumerate(given)]) > 0.1
+    # a router near a tie sends a token to another expert, after which the logits have little in common
+    assert wide.float().mean() < (0.05 if model.config.n_experts else 1e-9)
 
 
 @pytest.mark.gpu
