@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from raygrow.kernels.row_linear import Around
+
 
 class Tiling(NamedTuple):
     """How a product is cut up."""
@@ -78,27 +80,18 @@ def _row_linear(
     tl.store(out + f, y_f.to(out.dtype.element_ty), mask=real_f)
 
 
-def row_linear_triton(
-    x_1D: Tensor,
-    weight_FD: Tensor,
-    *,
-    bias_F: Tensor | None = None,
-    eps: float | None = None,
-    gain_D: Tensor | None = None,
-    addend_1F: Tensor | None = None,
-    gated: bool = False,
-    tiling: Tiling | None = None,
-) -> Tensor:
+def row_linear_triton(x_1D: Tensor, weight_FD: Tensor, around: Around, tiling: Tiling | None = None) -> Tensor:
     """Same contract as `row_linear`; `tiling` says how the work is cut up."""
-    for tensor in (x_1D, weight_FD, addend_1F):
+    assert around.bias_F is None or not around.gated, "a gated product has no bias"
+    for tensor in (x_1D, weight_FD, around.addend_RF):
         assert tensor is None or tensor.is_contiguous(), "all that a product takes must be contiguous"
     entries = weight_FD.shape[1]
-    features = len(weight_FD) // 2 if gated else len(weight_FD)
-    cut = tiling or tiling_of(features, entries, gated=gated)
+    features = len(weight_FD) // 2 if around.gated else len(weight_FD)
+    cut = tiling or tiling_of(features, entries, gated=around.gated)
     out_1F = torch.empty(1, features, dtype=weight_FD.dtype, device=weight_FD.device)
     _row_linear[(triton.cdiv(features, cut.features),)](
-        x_1D, gain_D, weight_FD, bias_F, addend_1F, out_1F, 0.0 if eps is None else eps,
-        D=entries, F=features, NORM=eps is not None, GATED=gated,
+        x_1D, around.gain_D, weight_FD, around.bias_F, around.addend_RF, out_1F, around.eps or 0.0,
+        D=entries, F=features, NORM=around.eps is not None, GATED=around.gated,
         BLOCK_F=cut.features, BLOCK_D=cut.entries, num_warps=cut.warps,
     )  # fmt: skip
     return out_1F

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raygrow.kernels.row_linear import row_linear, row_linear_torch
+from raygrow.kernels.row_linear import Around, row_linear, rows_linear
 from raygrow.nn.attention import Attend, Attention, Rope
 from raygrow.nn.block import Block
 from raygrow.nn.mlp import SwigluMlp
@@ -46,13 +46,13 @@ class JoinedLinear(nn.Module):
     def forward(self, x_BTD: Tensor, addend_BTF: Tensor | None = None) -> Tensor:
         """`(B, T, D)` to the outputs side by side, or what is gated, plus what is to be added."""
         x_RD, addend_RF = x_BTD.flatten(0, 1), None if addend_BTF is None else addend_BTF.flatten(0, 1)
-        around: dict[str, Any] = {"addend_1F": addend_RF, "gated": self.gated}
+        around = Around(bias_F=self.bias_F, gated=self.gated, addend_RF=addend_RF)
         if isinstance(self.norm, nn.RMSNorm) and self.norm.eps is not None:
-            around |= {"eps": self.norm.eps, "gain_D": self.norm.weight}
+            around = around._replace(eps=self.norm.eps, gain_D=self.norm.weight)
         elif self.norm is not None:
             x_RD = self.norm(x_RD)
-        product = row_linear if len(x_RD) == 1 else row_linear_torch
-        return product(x_RD, self.weight_FD, self.bias_F, **around).unflatten(0, x_BTD.shape[:2])
+        product = row_linear if len(x_RD) == 1 else rows_linear
+        return product(x_RD, self.weight_FD, around).unflatten(0, x_BTD.shape[:2])
 
 
 class JoinedAttention(nn.Module):

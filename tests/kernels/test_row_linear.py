@@ -3,21 +3,19 @@
 Shapes: D input, F output.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from raygrow.kernels.row_linear import row_linear
+from raygrow.kernels.row_linear import Around, row_linear
 
 SIZES = [(64, 48), (96, 1), (1000, 300), (2048, 2048), (4096, 9000)]
 """Input and output."""
 AROUND = ["nothing", "norm", "norm and gain", "gated", "addend", "bias", "norm, gated, addend"]
 
 
-def case(size: tuple[int, int], around: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """A row, a weight, and the arguments that stand for a description."""
+def case(size: tuple[int, int], around: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Around]:
+    """A row, a weight, and what a description says is around their product."""
     generator = torch.Generator().manual_seed(sum(size))
 
     def random(*shape: int) -> Tensor:
@@ -25,29 +23,33 @@ def case(size: tuple[int, int], around: str, dtype: torch.dtype, device: str) ->
 
     entries, features = size
     gated = "gated" in around
-    rest: dict[str, Any] = {"gated": gated}
-    if "norm" in around:
-        rest["eps"] = 1e-5
-    if "gain" in around:
-        rest["gain_D"] = random(entries)
-    if "addend" in around:
-        rest["addend_1F"] = random(1, features)
-    if "bias" in around:
-        rest["bias_F"] = random(features)
-    return random(1, entries), random(2 * features if gated else features, entries) * entries**-0.5, rest
+    return (
+        random(1, entries),
+        random(2 * features if gated else features, entries) * entries**-0.5,
+        Around(
+            eps=1e-5 if "norm" in around else None,
+            gain_D=random(entries) if "gain" in around else None,
+            bias_F=random(features) if "bias" in around else None,
+            gated=gated,
+            addend_RF=random(1, features) if "addend" in around else None,
+        ),
+    )
 
 
-def reference(x_1D: Tensor, weight_FD: Tensor, rest: dict[str, Any]) -> Tensor:
+def reference(x_1D: Tensor, weight_FD: Tensor, around: Around) -> Tensor:
     """The definition, in fp64."""
     x_1D, weight_FD = x_1D.double(), weight_FD.double()
-    rest = {name: value.double() if isinstance(value, Tensor) else value for name, value in rest.items()}
-    if "eps" in rest:
-        x_1D = x_1D / (x_1D.square().mean() + rest["eps"]).sqrt() * rest.get("gain_D", 1)
-    y_1F = x_1D @ weight_FD.T + rest.get("bias_F", 0)
-    if rest["gated"]:
+    if around.eps is not None:
+        x_1D = x_1D / (x_1D.square().mean() + around.eps).sqrt()
+    if around.gain_D is not None:
+        x_1D = x_1D * around.gain_D.double()
+    y_1F = x_1D @ weight_FD.T
+    if around.bias_F is not None:
+        y_1F = y_1F + around.bias_F.double()
+    if around.gated:
         gate_1F, up_1F = y_1F.chunk(2, 1)
         y_1F = gate_1F * gate_1F.sigmoid() * up_1F
-    return y_1F + rest.get("addend_1F", 0)
+    return y_1F if around.addend_RF is None else y_1F + around.addend_RF.double()
 
 
 def relative_error(found: Tensor, true: Tensor) -> float:
@@ -57,8 +59,8 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_twin_is_its_definition(around: str, dtype: torch.dtype, tolerance: float) -> None:
-    x_1D, weight_FD, rest = case((1000, 300), around, dtype, "cpu")
-    assert relative_error(row_linear(x_1D, weight_FD, **rest), reference(x_1D, weight_FD, rest)) < tolerance
+    x_1D, weight_FD, of_case = case((1000, 300), around, dtype, "cpu")
+    assert relative_error(row_linear(x_1D, weight_FD, of_case), reference(x_1D, weight_FD, of_case)) < tolerance
 
 
 @pytest.mark.gpu
@@ -67,9 +69,9 @@ def test_twin_is_its_definition(around: str, dtype: torch.dtype, tolerance: floa
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_kernel_is_its_definition(size: tuple[int, int], around: str, dtype: torch.dtype, tolerance: float) -> None:
-    x_1D, weight_FD, rest = case(size, around, dtype, "cuda")
-    found_1F = row_linear(x_1D, weight_FD, **rest)
+    x_1D, weight_FD, of_case = case(size, around, dtype, "cuda")
+    found_1F = row_linear(x_1D, weight_FD, of_case)
     assert found_1F.dtype == dtype
     assert found_1F.shape == (1, size[1])
-    assert relative_error(found_1F, reference(x_1D, weight_FD, rest)) < tolerance
-    assert torch.equal(row_linear(x_1D, weight_FD, **rest), found_1F)
+    assert relative_error(found_1F, reference(x_1D, weight_FD, of_case)) < tolerance
+    assert torch.equal(row_linear(x_1D, weight_FD, of_case), found_1F)
