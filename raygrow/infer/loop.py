@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from raygrow.infer.engine import Engine, EngineStats
-from raygrow.infer.request import Delta, Request
+from raygrow.infer.request import Delta, Request, merged
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,9 @@ class _Stream:
 
     request: Request
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
+    arrived: list[Delta | BaseException] = field(default_factory=list)
+    """What the caller has not taken yet; an error is the last."""
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
     gone: bool = False
     """Nobody waits any more."""
 
@@ -65,8 +67,10 @@ class EngineLoop:
         """The engine's numbers of now; some of them may be those of a moment ago."""
         return self.engine.stats
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        """The Deltas of a request as they come. Closing the iterator aborts it.
+    async def generate(self, request: Request) -> AsyncGenerator[Delta]:
+        """What is new of a request, as it comes: to a caller who takes his time, several steps' as one Delta.
+
+        Closing the iterator aborts the request.
 
         Raises:
             ValueError: If the engine cannot take the request; before anything is given out.
@@ -78,12 +82,16 @@ class EngineLoop:
         ended = False
         try:
             while not ended:
-                item = await stream.queue.get()
-                if isinstance(item, BaseException):
+                await stream.wake.wait()
+                stream.wake.clear()
+                arrived, stream.arrived = stream.arrived, []
+                deltas = [item for item in arrived if isinstance(item, Delta)]
+                if deltas:
+                    ended = deltas[-1].finish_reason is not None
+                    yield merged(deltas)
+                if isinstance(arrived[-1], BaseException):
                     ended = True
-                    raise item
-                ended = item.finish_reason is not None
-                yield item
+                    raise arrived[-1]
         finally:
             if not ended:
                 stream.gone = True
@@ -193,4 +201,5 @@ def _send(items: Sequence[tuple[_Stream, Delta | BaseException]]) -> None:
 
 def _deliver(items: list[tuple[_Stream, Delta | BaseException]]) -> None:
     for stream, item in items:
-        stream.queue.put_nowait(item)
+        stream.arrived.append(item)
+        stream.wake.set()

@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out: a request, and step by step what is new of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -47,3 +48,16 @@ class Delta(NamedTuple):
     error: str | None = None
     cached_tokens: int = 0
     """Tokens of the prompt that were found in the cache."""
+
+
+def merged(deltas: Sequence[Delta]) -> Delta:
+    """Some Deltas of one request, one after the other, as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    return deltas[-1]._replace(
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        text="".join(delta.text for delta in deltas),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        prompt_logprobs=tuple(logprob for delta in deltas for logprob in delta.prompt_logprobs),
+        cached_tokens=max(delta.cached_tokens for delta in deltas),
+    )

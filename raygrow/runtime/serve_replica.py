@@ -5,7 +5,8 @@ import faulthandler
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import load_engine
 from raygrow.infer.loop import EngineLoop
 from raygrow.infer.request import Delta, Request
-from raygrow.runtime.openai.answering import merged
 
 logger = logging.getLogger("ray.serve")
 
@@ -58,12 +58,15 @@ class Replica:
         self._gauges = {name: metrics.Gauge(f"raygrow_engine_{name}", text) for name, text in GAUGES.items()}
         self._reports: asyncio.Task[None] | None = None
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+    async def generate(self, request: Request) -> AsyncGenerator[Delta]:
         """An answer in pieces. Closing the iterator, as Serve does when the client has gone, frees its slot."""
         self._answers += 1
         try:
-            async for delta in _gathered(self._loop.generate(request), lambda: self._answers / PIECES_PER_SECOND):
-                yield delta
+            async with aclosing(self._loop.generate(request)) as deltas:
+                async for delta in deltas:
+                    yield delta
+                    if delta.finish_reason is None:
+                        await asyncio.sleep(self._answers / PIECES_PER_SECOND)
         finally:
             self._answers -= 1
 
@@ -106,33 +109,3 @@ def engine_load(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
     if short and context.total_num_requests:
         wanted = max(wanted, math.ceil(context.total_num_requests / (sum(short) / len(short))))
     return wanted, state
-
-
-async def _gathered(deltas: AsyncIterator[Delta], pause: Callable[[], float]) -> AsyncIterator[Delta]:
-    """The first Delta at once, then those of each pause as one."""
-    arrived: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-
-    async def read() -> None:
-        try:
-            async for delta in deltas:
-                arrived.put_nowait(delta)
-            arrived.put_nowait(None)
-        except Exception as error:
-            arrived.put_nowait(error)
-
-    reader = asyncio.create_task(read())
-    try:
-        while True:
-            pieces = [await arrived.get()]
-            while not arrived.empty():
-                pieces.append(arrived.get_nowait())
-            if whole := [piece for piece in pieces if isinstance(piece, Delta)]:
-                yield merged(whole)
-            if pieces[-1] is None:
-                return
-            if isinstance(pieces[-1], Exception):
-                raise pieces[-1]
-            if arrived.empty():
-                await asyncio.sleep(pause())
-    finally:
-        reader.cancel()

@@ -10,12 +10,11 @@ from raygrow.evaluate.perplexity import evaluate_model
 from raygrow.evaluate.sparsify import sparsify_model
 from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import load_engine
-from raygrow.infer.request import Request
+from raygrow.infer.request import Request, merged
 from raygrow.infer.sampling import Sampling
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import block_flops, head_flops
 from raygrow.progress import Progress
-from raygrow.runtime.openai.answering import merged
 from raygrow.runtime.openai.responses import CompletionShape, Prompt
 from raygrow.sparsity.policy import POLICIES
 from raygrow.sparsity.sparsify import SparsifyConfig

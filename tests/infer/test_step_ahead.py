@@ -5,10 +5,9 @@ import torch
 
 from raygrow.infer import graphs
 from raygrow.infer.output import Output
-from raygrow.infer.request import Delta, Request
+from raygrow.infer.request import Delta, Request, merged
 from raygrow.infer.runner import Runner
 from raygrow.infer.staging import OnItsWay, Staging, to_device
-from raygrow.runtime.openai.answering import merged
 from tests.infer.subjects import Subject, finish, prompts, request, text_of, tokens_of
 
 SCARCE = {"kv_layout": "interleaved", "kv_cache_memory_bytes": 9 * 2 * 4096, "max_num_batched_tokens": 33}

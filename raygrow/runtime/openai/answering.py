@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import cast
 
-from raygrow.infer.request import Delta, PromptTooLong, Request
+from raygrow.infer.request import Delta, PromptTooLong, Request, merged
 from raygrow.runtime.openai.errors import ApiError
 from raygrow.runtime.openai.metrics import Metrics
 from raygrow.runtime.openai.model import Model
@@ -101,18 +101,3 @@ async def _measured(model: Model, request: Request, metrics: Metrics) -> AsyncGe
 def _lost(reason: str) -> ApiError:
     """What becomes of an answer whose engine is gone. Another one may be there, so clients may ask again."""
     return ApiError(reason, status=503, code="answer_lost", headers={"retry-after": "1"})
-
-
-def merged(deltas: Iterable[Delta]) -> Delta:
-    """Several Deltas of one request, one after the other, as one."""
-    first, *rest = deltas
-    if not rest:
-        return first
-    whole = [first, *rest]
-    return whole[-1]._replace(
-        token_ids=tuple(token for delta in whole for token in delta.token_ids),
-        text="".join(delta.text for delta in whole),
-        logprobs=tuple(logprob for delta in whole for logprob in delta.logprobs),
-        prompt_logprobs=tuple(logprob for delta in whole for logprob in delta.prompt_logprobs),
-        cached_tokens=max(delta.cached_tokens for delta in whole),
-    )

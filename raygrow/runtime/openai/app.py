@@ -18,10 +18,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Send
 
-from raygrow.infer.request import Delta, Request
+from raygrow.infer.request import Delta, Request, merged
 from raygrow.infer.sampling import Sampling
 from raygrow.runtime.openai import errors
-from raygrow.runtime.openai.answering import answer, merged
+from raygrow.runtime.openai.answering import answer
 from raygrow.runtime.openai.errors import ApiError, as_api_error
 from raygrow.runtime.openai.http import CLIENT_GONE, ClientGone, EventStream, Gate, while_connected
 from raygrow.runtime.openai.metrics import Metrics
