@@ -33,11 +33,11 @@ from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.absorb import absorb_rules, absorbed_config
 from raygrow.sparsity.allocate import SplitName
-from raygrow.sparsity.calibrate import BlockStatistics, calibrate
+from raygrow.sparsity.calibrate import Moments, calibrate
 from raygrow.sparsity.inputs import adapter_share, block_weights, input_weights
 from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
-from raygrow.sparsity.methods import Method, Rotation
+from raygrow.sparsity.methods import THRESHOLDED, Method, Rotation
 from raygrow.sparsity.policy import POLICIES, Policy, policy_loss
 from raygrow.sparsity.rotation import block_bases, global_basis
 from raygrow.weights.apply import Derived
@@ -74,6 +74,8 @@ ARMS = (
     Arm("larosa", "global", "search"),
     Arm("rotated_wina", "block", "search"),
     Arm("rotated_wina", "global", "search"),
+    Arm("rotated_teal", "block", "search"),
+    Arm("rotated_teal", "global", "search"),
 )
 
 
@@ -83,7 +85,7 @@ class Corpus:
 
     calibration_BT: Tensor
     validation: tuple[Tensor, Tensor]
-    statistics: list[BlockStatistics]
+    moments: list[Moments]
     dense: Mapping[Policy, float]
     """Nats per token of the model as it came, by policy."""
 
@@ -95,28 +97,19 @@ def turned(model: Rack, rotation: Rotation, corpus: Corpus) -> Rack:
     if rotation == "none":
         made, found = meta_rack(config), {name: tensor.clone() for name, tensor in tensors.items()}
     else:
-        statistics = corpus.statistics
-        bases = block_bases(statistics, device) if rotation == "block" else global_basis(statistics, config, device)
+        moments = corpus.moments
+        bases = block_bases(moments, device) if rotation == "block" else global_basis(moments, config, device)
         made = meta_rack(absorbed_config(config, rotation))
         found = dict(Derived(absorb_rules(config, bases, rotation, device), tensors))
     made.load_state_dict(found, assign=True)
     return made.eval()
 
 
-def magnitudes(model: Rack, tokens_BT: Tensor, batch_size: int) -> dict:
-    """Of every input, for thresholds."""
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    device = model.embedding.weight.device
-    blocks = calibrate(model.config, tensors, tokens_BT, device=device, batch_size=batch_size)
-    return {(index, name): found for index, block in enumerate(blocks) for name, found in block.magnitudes.items()}
-
-
 def measure(model: Rack, arm: Arm, corpus: Corpus, targets: tuple[float, ...], batch_size: int) -> Iterator[dict]:
     """A row for every level of one arm."""
     start = time.perf_counter()
     sparse = turned(model, arm.rotation, corpus)
-    found = magnitudes(sparse, corpus.calibration_BT, batch_size) if arm.method == "teal" else {}
-    levels = Levels(sparse, arm.method, found, corpus.calibration_BT[:SEARCH_SEQUENCES], batch_size=batch_size)
+    levels = Levels(sparse, arm.method, corpus.calibration_BT, searched=SEARCH_SEQUENCES, batch_size=batch_size)
     for target in targets:
         level = levels.level(target + adapter_share(sparse.config), arm.split)
         row: dict[str, Any] = {"arm": arm.name, "target": target, "nominal": level.nominal, "skipped": level.skipped}
@@ -129,7 +122,7 @@ def measure(model: Rack, arm: Arm, corpus: Corpus, targets: tuple[float, ...], b
                 "perplexity": math.exp(loss),
                 "rise": math.expm1(loss - corpus.dense[policy]),
             }
-        if arm.method == "teal":
+        if arm.method in THRESHOLDED:
             row["skipped_measured"] = seen_share(levels, sparse.config)
         row["seconds"] = time.perf_counter() - start
         yield row
@@ -148,12 +141,12 @@ def read_corpus(model: Rack, path: Path, sequences: int, validation: int, seq_le
     tokens_BT, _ = fixed_batch(open_tokens(path, "train"), sequences, seq_len)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     device = model.embedding.weight.device
-    statistics = list(calibrate(model.config, tensors, tokens_BT, device=device, batch_size=batch_size))
+    moments = list(calibrate(model.config, tensors, tokens_BT, device=device, batch_size=batch_size))
     batch = fixed_batch(open_tokens(path, "validation"), validation, seq_len)
     dense: dict[Policy, float] = {
         policy: policy_loss(model, SparseRows(), batch, policy, batch_size=batch_size)[0] for policy in POLICIES
     }
-    return Corpus(tokens_BT, batch, statistics, dense)
+    return Corpus(tokens_BT, batch, moments, dense)
 
 
 def smoke(folder: Path) -> tuple[Path, Path]:

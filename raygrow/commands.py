@@ -130,6 +130,7 @@ def sparsify(parsed: argparse.Namespace) -> int:
       raygrow sparsify models/llama models/sparse data=data/mine 'sparsity=[0.4,0.5,0.75]' sequences=32 seq_len=2048
       raygrow sparsify models/llama models/larosa data=data/mine method=larosa          a basis per block, with adapters
       raygrow sparsify models/llama models/teal data=data/mine method=teal split=uniform
+      raygrow sparsify models/llama models/rotated data=data/mine method=rotated_teal      a threshold for every input
     """
     from raygrow.config import build
     from raygrow.evaluate.sparsify import sparsify_model

@@ -79,9 +79,17 @@ def norm_masked(
     return masked(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), keep, scale_D)
 
 
-def above(x_RD: Tensor, threshold: float) -> Tensor:
-    """The rows with zeros in place of entries whose size does not exceed a threshold (TEAL, arXiv 2408.14690)."""
-    return torch.where(x_RD.abs() > threshold, x_RD, 0)
+def above(x_RD: Tensor, threshold: float, scale: Tensor | None = None) -> Tensor:
+    """The rows with zeros in place of entries whose `|x|`, or `|x| * scale`, does not exceed a threshold (TEAL,
+    arXiv 2408.14690).
+
+    Args:
+        x_RD: Rows.
+        threshold: Of all entries.
+        scale: As of `select`.
+    """
+    score_RD = x_RD.abs() if scale is None else x_RD.abs() * scale
+    return torch.where(score_RD > threshold, x_RD, 0)
 
 
 def sparse_linear(

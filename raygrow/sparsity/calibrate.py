@@ -1,4 +1,4 @@
-"""What the inputs of every Block look like on a text: second moments and magnitudes, a Block at a time.
+"""Where the energy of a model's activations lies on a text: second moments, a Block at a time.
 
 Only one Block's weights are on the device at any moment, beside the hidden states of the whole text.
 
@@ -6,30 +6,22 @@ Shapes: B sequences, T tokens, D model.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from raygrow.nn.attention import default_attend
 from raygrow.nn.block import Block
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.rope import rope_angles
 from raygrow.progress import Progress, silent
-from raygrow.sparsity.histogram import Histogram
-from raygrow.sparsity.inputs import INPUTS, Input
+from raygrow.sparsity.inputs import Input
 
-
-@dataclass
-class BlockStatistics:
-    """Of the inputs of one Block."""
-
-    moments: dict[Input, Tensor] = field(default_factory=dict)
-    """Of `attention` and `mlp`, the sum over tokens of x^T x, `(D, D)` in fp64 on the CPU, where x is normalised but
-    has no gains yet: what a rotated model, whose gains are in its weights, has in its own basis."""
-    magnitudes: dict[Input, Histogram] = field(default_factory=lambda: {name: Histogram() for name in INPUTS})
-    """Of what the projections read, gains included."""
+Moments = dict[Input, Tensor]
+"""Of a Block's `attention` and `mlp`, the sum over tokens of x^T x, `(D, D)` in fp64 on the CPU, where x is normalised
+but has no gains yet: what a rotated model, whose gains are in its weights, has in its own basis."""
 
 
 @torch.no_grad()
@@ -41,11 +33,11 @@ def calibrate(
     device: torch.device,
     batch_size: int = 4,
     progress: Progress = silent,
-) -> Iterator[BlockStatistics]:
-    """Statistics of every Block, in order, in fp32 at least.
+) -> Iterator[Moments]:
+    """Moments of every Block, in order, from activations in fp32 at least.
 
     Args:
-        config: The model.
+        config: The model, whose norms are RMS norms.
         tensors: Its parameters by name, perhaps read from a file as they are asked for.
         tokens_BT: The text, sequences as long as those that the model is used for.
         device: Where to compute.
@@ -61,13 +53,12 @@ def calibrate(
     attend = default_attend(config)
     for index in range(config.n_blocks):
         block = load_block(config, tensors, index).to(device, dtype)
-        statistics = BlockStatistics()
-        hooks = _watch(block, config, index, statistics)
+        moments: Moments = {}
+        hooks = _watch(block, config, moments)
         states = [block(x_BTD, rope, attend)[0] for x_BTD in states]
         for hook in hooks:
             hook.remove()
-        statistics.moments = {name: moment.cpu() for name, moment in statistics.moments.items()}
-        yield statistics
+        yield {name: moment.cpu() for name, moment in moments.items()}
         progress(index + 1, config.n_blocks, "blocks calibrated")
 
 
@@ -80,33 +71,19 @@ def load_block(config: ModelConfig, tensors: Mapping[str, Tensor], index: int) -
     return block.requires_grad_(False)
 
 
-def _watch(block: Block, config: ModelConfig, index: int, statistics: BlockStatistics) -> list:
-    """Hooks that add what comes into a Block's norms and projections to its statistics."""
+def _watch(block: Block, config: ModelConfig, moments: Moments) -> list[RemovableHandle]:
+    """Hooks that add what comes into a Block's norms to its moments."""
 
     def moment(name: Input):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x_ND = F.rms_norm(inputs[0].flatten(0, -2), (config.d_model,), eps=config.norm_eps)
             # each batch in its own precision: only the sum over many needs more
             found_DD = (x_ND.T @ x_ND).double()
-            statistics.moments[name] = statistics.moments[name] + found_DD if name in statistics.moments else found_DD
+            moments[name] = moments[name] + found_DD if name in moments else found_DD
 
         return hook
 
-    def magnitudes(name: Input):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            statistics.magnitudes[name].add(inputs[0])
-
-        return hook
-
-    down = block.mlp.get_submodule("experts.down" if config.has_experts(index) else "down")
-    places: dict[Input, nn.Module] = {
-        "attention": block.attention,
-        "o": block.attention.o,
-        "mlp": block.mlp,
-        "down": down,
-    }
-    hooks = [module.register_forward_pre_hook(magnitudes(name)) for name, module in places.items()]
-    if config.norm == "rmsnorm":
-        hooks.append(block.attention_norm.register_forward_pre_hook(moment("attention")))
-        hooks.append(block.mlp_norm.register_forward_pre_hook(moment("mlp")))
-    return hooks
+    return [
+        block.attention_norm.register_forward_pre_hook(moment("attention")),
+        block.mlp_norm.register_forward_pre_hook(moment("mlp")),
+    ]

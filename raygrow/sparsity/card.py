@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from raygrow.sparsity.allocate import SplitName
 from raygrow.sparsity.inputs import INPUTS, Input, block_weights, input_size
+from raygrow.sparsity.methods import THRESHOLDED
 from raygrow.sparsity.plan import Level, SparsityPlan
 from raygrow.sparsity.policy import POLICIES, Policy
 from raygrow.weights.folder import ModelFolder
@@ -24,6 +25,8 @@ _METHODS = {
     "teal": "the entries above a calibrated threshold (TEAL)",
     "rotated_wina": "in a calibrated basis, the entries whose magnitude times the norm of their column is largest, as "
     "many of every token",
+    "rotated_teal": "in a calibrated basis, the entries whose magnitude times the norm of their column is above a "
+    "calibrated threshold",
     "relu": "what is not zero: the model was trained to have many hidden units at exactly zero, and nothing else is "
     "dropped",
 }
@@ -160,7 +163,7 @@ class Card:
         found, config, method = self.plan.calibration, self.config, self.plan.method
         whole = [
             *(["the bases"] if self.plan.rotation != "none" else []),
-            *(["the thresholds"] if method == "teal" else []),
+            *(["the thresholds"] if method in THRESHOLDED else []),
         ]
         told = [f"{' and '.join(whole)} on {found.sequences} sequences"] if whole else []
         if method == "relu":

@@ -1,22 +1,22 @@
-"""How large the entries of an activation are: counts in logarithmic bins, added up batch by batch."""
+"""How large the scores of an input's entries are: counts in logarithmic bins, added up batch by batch."""
 
 import torch
 from torch import Tensor
 
 LOWEST, HIGHEST, PER_OCTAVE = -40, 24, 64
-"""Powers of two between which magnitudes are told apart, and how finely."""
+"""Powers of two between which sizes are told apart, and how finely."""
 
 _BINS = (HIGHEST - LOWEST) * PER_OCTAVE
 
 
 class Histogram:
-    """Magnitudes seen so far. A quantile of them is off by less than one bin, 1.1 % of its value."""
+    """Sizes seen so far. A quantile of them is off by less than one bin, 1.1 % of its value."""
 
     def __init__(self) -> None:
         self._counts = torch.zeros(_BINS, dtype=torch.int64)
 
     def add(self, x: Tensor) -> None:
-        """Counts every entry.
+        """Counts the size of every entry.
 
         Raises:
             ValueError: If one is no finite number.
@@ -28,7 +28,7 @@ class Histogram:
         self._counts += torch.bincount(bins, minlength=_BINS).cpu()
 
     def quantile(self, share: float) -> float:
-        """The magnitude below which a share of the entries lies, of which there are some; 0 for a share of 0."""
+        """The size below which a share of the entries lies, of which there are some; 0 for a share of 0."""
         if share <= 0:
             return 0.0
         below = self._counts.cumsum(0).double()

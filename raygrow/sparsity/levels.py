@@ -14,14 +14,16 @@ from raygrow.sparsity.apply import install
 from raygrow.sparsity.histogram import Histogram
 from raygrow.sparsity.inputs import Place, block_weights, input_size, input_weights
 from raygrow.sparsity.linear import SparseRows
-from raygrow.sparsity.methods import Choice, Method
+from raygrow.sparsity.methods import THRESHOLDED, Choice, Method
 from raygrow.sparsity.plan import Level, make_level
-from raygrow.sparsity.policy import Divergence, Policy, policy_loss
+from raygrow.sparsity.policy import Divergence, Policy, hidden, policy_loss
 
 TOLERANCE = 0.005
 """Of the share of weights that thresholds drop."""
 FITS = 12
 """How many factors are tried for it."""
+EXCEEDED = -1.0
+"""A threshold that every score is above."""
 
 
 class Levels:
@@ -30,8 +32,8 @@ class Levels:
     Args:
         model: On its device.
         method: Which entries are kept.
-        magnitudes: Of every input, for thresholds.
-        tokens_BT: The calibration text.
+        tokens_BT: The calibration text, which thresholds are made on.
+        searched: How many of its sequences, the first, splits are tried out on; all when not given.
         batch_size: Sequences at a time.
     """
 
@@ -39,22 +41,23 @@ class Levels:
         self,
         model: Rack,
         method: Method,
-        magnitudes: Mapping[Place, Histogram],
         tokens_BT: Tensor,
         *,
+        searched: int | None = None,
         batch_size: int = 8,
     ) -> None:
         self.model, self.batch_size = model, batch_size
         self.method: Method = method
         self.config: ModelConfig = model.config
         self.rows = SparseRows()
-        self.tokens = tokens_BT.numel()
+        self.tokens = 0
         """That have gone through the model."""
         self.selectors = install(model, method, self.rows)
         self.taken: dict[float, SplitName] = {}
         """By sparsity, which kind of split its level has."""
-        self._magnitudes = magnitudes
-        self._divergence = Divergence(model, tokens_BT, batch_size=batch_size)
+        self._scores = self._scored(tokens_BT) if method in THRESHOLDED else {}
+        self._divergence = Divergence(model, tokens_BT[:searched], batch_size=batch_size)
+        self.tokens += self._divergence.tokens
         self._costs: dict[Place, list[float]] | None = None
 
     def level(self, sparsity: float, split: SplitName, *, progress: Progress = silent) -> Level:
@@ -110,7 +113,21 @@ class Levels:
 
     def _level(self, split: Split, sparsity: float) -> Level:
         choices = self.choices(split)
-        return make_level(self.config, self._fitted(choices, sparsity) if self.method == "teal" else choices)
+        return make_level(self.config, self._fitted(choices, sparsity) if self.method in THRESHOLDED else choices)
+
+    def _scored(self, tokens_BT: Tensor) -> dict[Place, Histogram]:
+        """What the entries of every input score on a text while nothing is dropped."""
+        self._set({place: Choice(selector.size, EXCEEDED) for place, selector in self.selectors.items()})
+        found: dict[Place, Histogram] = {}
+        for place, selector in self.selectors.items():
+            selector.scores = found[place] = Histogram()
+        for batch_BT in tokens_BT.split(self.batch_size):
+            hidden(self.model, batch_BT)
+        for selector in self.selectors.values():
+            selector.scores = None
+        self._set({})
+        self.tokens += tokens_BT.numel()
+        return found
 
     def _fitted(self, choices: Mapping[Place, Choice], sparsity: float) -> dict[Place, Choice]:
         """Thresholds times the factor at which as much is dropped as is asked for.
@@ -164,7 +181,7 @@ class Levels:
         if share <= 0:
             return Choice(size)
         keep = min(size, max(1, round((1 - share) * size)))
-        return Choice(keep, self._magnitudes[place].quantile(share) if self.method == "teal" else None)
+        return Choice(keep, self._scores[place].quantile(share) if place in self._scores else None)
 
 
 def _scaled(choice: Choice, factor: float) -> Choice:

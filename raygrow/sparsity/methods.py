@@ -7,6 +7,7 @@
 | `wina`         | magnitude x norm of the column | as many of every token     | the model's   | arXiv 2505.19427 |
 | `teal`         | magnitude                      | what exceeds a threshold   | the model's   | arXiv 2408.14690 |
 | `rotated_wina` | magnitude x norm of the column | as many of every token     | one for all   |                  |
+| `rotated_teal` | magnitude x norm of the column | what exceeds a threshold   | one for all   |                  |
 | `relu`         | magnitude, of hidden units     | what is not zero           | the model's   |                  |
 
 A column is what an entry is multiplied by, in all projections that read the input together. The basis is what a method
@@ -21,10 +22,14 @@ import torch
 from torch import Tensor
 
 from raygrow.kernels.sparse_linear import above, masked
+from raygrow.sparsity.histogram import Histogram
 
-Method = Literal["larosa", "topk", "wina", "teal", "rotated_wina", "relu"]
+Method = Literal["larosa", "topk", "wina", "teal", "rotated_wina", "rotated_teal", "relu"]
 METHODS: tuple[Method, ...] = get_args(Method)
-WEIGHTED: tuple[Method, ...] = ("wina", "rotated_wina")
+WEIGHTED: tuple[Method, ...] = ("wina", "rotated_wina", "rotated_teal")
+"""Their scores are weighted by the norms of columns."""
+THRESHOLDED: tuple[Method, ...] = ("teal", "rotated_teal")
+"""They keep what scores above a calibrated threshold."""
 Rotation = Literal["none", "global", "block"]
 ROTATIONS: dict[Method, Rotation] = {
     "larosa": "block",
@@ -32,6 +37,7 @@ ROTATIONS: dict[Method, Rotation] = {
     "wina": "none",
     "teal": "none",
     "rotated_wina": "global",
+    "rotated_teal": "global",
     "relu": "none",
 }
 """The basis of each method."""
@@ -60,6 +66,8 @@ class Selector:
         """All entries, until somebody chooses."""
         self.seen: tuple[int, int] | None = None
         """Entries above a threshold and entries in all, counted when this is set to (0, 0)."""
+        self.scores: Histogram | None = None
+        """Counts the scores that a threshold is held against, while there is one."""
 
     @property
     def drops(self) -> bool:
@@ -80,9 +88,12 @@ class Selector:
         """
         if not self.drops:
             return x_RD
+        scale = self.scale_D if scale_RD is None else scale_RD
         if self.choice.threshold is None:
-            return masked(x_RD, self.choice.keep, self.scale_D if scale_RD is None else scale_RD)
-        left_RD = above(x_RD, self.choice.threshold)
+            return masked(x_RD, self.choice.keep, scale)
+        if self.scores is not None:
+            self.scores.add(x_RD if scale is None else x_RD * scale)
+        left_RD = above(x_RD, self.choice.threshold, scale)
         if self.seen is not None:
             self.seen = self.seen[0] + int(left_RD.count_nonzero()), self.seen[1] + left_RD.numel()
         return left_RD

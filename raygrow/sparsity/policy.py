@@ -72,14 +72,14 @@ class Divergence:
         # logits rounded to bf16 differ by more than a little sparsity does
         head_VD = model.head_weight.detach()
         self._head_VD = head_VD.to(torch.promote_types(head_VD.dtype, torch.float32))
-        self._dense_ND = [self._hidden(tokens) for tokens in self._batches]
+        self._dense_ND = [hidden(model, tokens) for tokens in self._batches]
 
     @torch.inference_mode()
     def measure(self) -> float:
         """Nats per token of the model as it now is."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for tokens_BT, dense_ND in zip(self._batches, self._dense_ND, strict=True):
-            sparse_ND = self._hidden(tokens_BT)
+            sparse_ND = hidden(self._model, tokens_BT)
             for dense, sparse in zip(dense_ND.split(CHUNK), sparse_ND.split(CHUNK), strict=True):
                 expected, found = self._log_probabilities(dense), self._log_probabilities(sparse)
                 total += F.kl_div(found, expected, reduction="sum", log_target=True).double()
@@ -89,12 +89,12 @@ class Divergence:
         wide_ND = x_ND.to(self._head_VD.dtype) * self._model.config.logit_scale
         return F.linear(wide_ND, self._head_VD).log_softmax(-1)
 
-    @torch.inference_mode()
-    def _hidden(self, tokens_BT: Tensor) -> Tensor:
-        """What the head reads."""
-        found: list[Tensor] = []
-        hook = self._model.blocks[-1].register_forward_hook(lambda module, inputs, output: found.append(output[0]))
-        # the logits themselves are made chunk by chunk, later
-        self._model(tokens_BT.to(self._device), rows=torch.zeros(1, dtype=torch.int64, device=self._device))
-        hook.remove()
-        return self._model.norm(found[0].flatten(0, 1))
+
+@torch.inference_mode()
+def hidden(model: Rack, tokens_BT: Tensor) -> Tensor:
+    """What the head reads, `(N, D)`, without the logits that it would make of all of it."""
+    device, found = model.embedding.weight.device, []
+    hook = model.blocks[-1].register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+    model(tokens_BT.to(device), rows=torch.zeros(1, dtype=torch.int64, device=device))
+    hook.remove()
+    return model.norm(found[0].flatten(0, 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raygrow.nn.config import ModelConfig
-from raygrow.sparsity.calibrate import BlockStatistics
+from raygrow.sparsity.calibrate import Moments
 from raygrow.sparsity.inputs import ROTATED
 
 
@@ -30,19 +30,19 @@ def principal_basis(moment_DD: Tensor) -> Tensor:
     return torch.linalg.eigh(moment_DD).eigenvectors.flip(1)
 
 
-def block_bases(statistics: Iterable[BlockStatistics], device: torch.device) -> list[Tensor]:
+def block_bases(moments: Iterable[Moments], device: torch.device) -> list[Tensor]:
     """A basis for each Block, on the CPU: of what its attention and its MLP read, which share the residual stream."""
-    return [principal_basis(_moment(block).to(device)).cpu() for block in statistics]
+    return [principal_basis(_moment(block).to(device)).cpu() for block in moments]
 
 
-def global_basis(statistics: Iterable[BlockStatistics], config: ModelConfig, device: torch.device) -> list[Tensor]:
+def global_basis(moments: Iterable[Moments], config: ModelConfig, device: torch.device) -> list[Tensor]:
     """One basis for the whole model, once per Block: of what all of its Blocks read."""
     total_DD = None
-    for block in statistics:
+    for block in moments:
         total_DD = _moment(block) if total_DD is None else total_DD + _moment(block)
     assert total_DD is not None, "a model has Blocks"
     return [principal_basis(total_DD.to(device)).cpu()] * config.n_blocks
 
 
-def _moment(block: BlockStatistics) -> Tensor:
-    return torch.stack([block.moments[name] for name in ROTATED]).sum(0)
+def _moment(block: Moments) -> Tensor:
+    return torch.stack([block[name] for name in ROTATED]).sum(0)

@@ -20,7 +20,6 @@ from raygrow.sparsity.absorb import absorb_rules, absorbed_config
 from raygrow.sparsity.allocate import SplitName
 from raygrow.sparsity.calibrate import calibrate
 from raygrow.sparsity.card import Card, Origin, Row
-from raygrow.sparsity.histogram import Histogram
 from raygrow.sparsity.inputs import Place
 from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
@@ -30,7 +29,7 @@ from raygrow.sparsity.policy import POLICIES, Policy, policy_loss
 from raygrow.sparsity.rotation import block_bases, global_basis
 from raygrow.weights.apply import Derived
 from raygrow.weights.atomic import new_folder
-from raygrow.weights.folder import ModelFolder, describe, layout_of, load_model, open_folder, write_stored
+from raygrow.weights.folder import ModelFolder, describe, layout_of, load_model, write_stored
 from raygrow.weights.json_file import read_json
 
 logger = logging.getLogger(__name__)
@@ -232,9 +231,9 @@ def sparsify_folder(
         rows = [_dense_row(folder, texts.validation, device)]
         _write_model(folder, aside, texts.calibration[0], config, device, progress)
         model = load_model(aside, device=device).eval()
-        magnitudes = _magnitudes(aside, texts.calibration[0], config, device) if config.method == "teal" else {}
-        search_BT = texts.calibration[0][: config.searched]
-        levels = Levels(model, config.method, magnitudes, search_BT, batch_size=config.batch_size)
+        levels = Levels(
+            model, config.method, texts.calibration[0], searched=config.searched, batch_size=config.batch_size
+        )
         rotated = None
         if config.basis != "none":
             rotated = Row(
@@ -265,8 +264,8 @@ def sparsify_folder(
         )
         (aside / CARD_FILE).write_text(told.text(), encoding="utf-8")
     measured_dense, calibrated = len(POLICIES) * texts.validation[0].numel(), texts.calibration[0].numel()
-    passes = (config.basis != "none") + (config.method == "teal")
-    return Sparsified(plan=plan, rows=rows, tokens=measured_dense + passes * calibrated + levels.tokens)
+    rotating = calibrated if config.basis != "none" else 0
+    return Sparsified(plan=plan, rows=rows, tokens=measured_dense + rotating + levels.tokens)
 
 
 def _levels(levels: Levels, config: SparsifyConfig, progress: Progress) -> Iterator[tuple[float, Level]]:
@@ -336,12 +335,6 @@ def _sequence_losses(levels: Levels, choices: Mapping[Place, Choice], batch: Bat
 
 def _sequences(batch: Batch) -> Iterator[Batch]:
     return zip(*(part_BT.split(1) for part_BT in batch), strict=True)
-
-
-def _magnitudes(path: Path, tokens_BT: Tensor, config: SparsifyConfig, device: torch.device) -> dict[Place, Histogram]:
-    folder = open_folder(path)
-    blocks = calibrate(folder.config, folder.tensors, tokens_BT, device=device, batch_size=config.batch_size)
-    return {(index, name): found for index, block in enumerate(blocks) for name, found in block.magnitudes.items()}
 
 
 def _calibration(texts: Texts) -> Calibration:

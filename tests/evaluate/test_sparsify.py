@@ -40,6 +40,7 @@ def test_the_folder_holds_the_same_model_and_the_losses_that_its_card_tells(
     sparsified = made(model_folder, tmp_path / "out", data, method=method, sparsity=(0.3, 0.5))
     torch.testing.assert_close(load_model(tmp_path / "out")(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
     assert open_folder(tmp_path / "out").config.rotation == ROTATIONS[method]
+    assert load_plan(tmp_path / "out", open_folder(tmp_path / "out").config) == sparsified.plan
     card = (tmp_path / "out/README.md").read_text()
     dense, *levels = sparsified.rows
     for row in levels:

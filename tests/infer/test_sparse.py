@@ -17,6 +17,7 @@ from raygrow.nn.rack import Rack
 from raygrow.sparsity import experts, linear
 from raygrow.sparsity.apply import sparse
 from raygrow.sparsity.linear import SparseRows
+from raygrow.sparsity.methods import THRESHOLDED, Method
 from raygrow.sparsity.plan import PLAN_FILE, load_plan
 from raygrow.text.tokenizer import Tokenizer
 from raygrow.weights.folder import load_model, write_folder
@@ -120,8 +121,10 @@ def test_a_sequence_alone_reads_the_weights_that_it_keeps(each_sparse: SparseSub
     assert "whole" not in called
 
 
-def test_a_threshold_too(subject_of: Callable[[str], Subject], tmp_path: Path):
-    made = SparseSubject(subject_of("mixtral gqa"), tmp_path / "teal", method="teal", threshold=0.4)
+@pytest.mark.parametrize("method", THRESHOLDED)
+@pytest.mark.parametrize("shape", ["llama gqa tied", "mixtral gqa"])
+def test_a_threshold_too(subject_of: Callable[[str], Subject], tmp_path: Path, shape: str, method: Method):
+    made = SparseSubject(subject_of(shape), tmp_path / "teal", method=method, threshold=0.4)
     given = prompts(4, vocab_size=made.vocab_size)
     expected = [made.greedy(prompt, 25) for prompt in given]
     assert run_together(made.engine(), given) == expected

@@ -104,6 +104,11 @@ def test_a_norm_comes_before_its_selection() -> None:
 def test_a_threshold_keeps_what_exceeds_it() -> None:
     x_RD = torch.tensor([[0.5, -2.0, 1.0, -1.0], [3.0, 0.0, -0.1, 1.1]])
     assert above(x_RD, 1.0).tolist() == [[0.0, -2.0, 0.0, 0.0], [3.0, 0.0, 0.0, pytest.approx(1.1)]]
+    assert above(x_RD, 1.0, torch.tensor([3.0, 0.5, 1.0, 1.0])).tolist() == [
+        [0.5, 0.0, 0.0, 0.0],
+        [3.0, 0.0, 0.0, pytest.approx(1.1)],
+    ]
+    assert torch.equal(above(x_RD.bfloat16(), 1.0, torch.ones(4)), above(x_RD.bfloat16(), 1.0))
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -75,7 +75,7 @@ def test_noise_in_costs_does_not_make_a_later_step_cheaper():
 
 def test_the_search_is_at_least_as_good_as_the_best_ratio_and_that_as_a_uniform_split():
     model = rack("mha", torch.float32)
-    levels = Levels(model, "topk", {}, TEXT)
+    levels = Levels(model, "topk", TEXT)
     costs = []
     for split in ("uniform", "ratio", "search"):
         level = levels.level(0.5, split)
@@ -87,7 +87,7 @@ def test_the_search_is_at_least_as_good_as_the_best_ratio_and_that_as_a_uniform_
 
 
 def test_a_dense_model_is_no_distance_from_itself():
-    levels = Levels(rack("some dense"), "topk", {}, TEXT, batch_size=3)
+    levels = Levels(rack("some dense"), "topk", TEXT, batch_size=3)
     assert abs(levels.cost({})) < 1e-12
 
 
@@ -97,7 +97,7 @@ def test_the_divergence_is_that_of_predictions_in_full_precision(dtype):
     model = rack("tied scaled", dtype)
     head_VD, found = model.head_weight.double(), []
     model.norm.register_forward_hook(lambda module, inputs, x_BTD: found.append(x_BTD.double()))
-    levels = Levels(model, "topk", {}, TEXT)
+    levels = Levels(model, "topk", TEXT)
     split = allocate.uniform(model.config, 0.05)
     cost = levels.cost(split)
     levels._set({})
@@ -111,7 +111,7 @@ def test_the_divergence_is_that_of_predictions_in_full_precision(dtype):
 
 
 def test_a_cost_is_that_of_all_tokens_whatever_was_measured_before():
-    levels = Levels(rack("mha"), "topk", {}, TEXT)
+    levels = Levels(rack("mha"), "topk", TEXT)
     split = allocate.uniform(levels.config, 0.5)
     cost = levels.cost(split)
     levels.measure({}, (TEXT, TEXT.roll(-1, 1)), "decode")
@@ -119,7 +119,7 @@ def test_a_cost_is_that_of_all_tokens_whatever_was_measured_before():
 
 
 def test_the_search_is_taken_where_it_costs_less_and_only_there(monkeypatch):
-    levels = Levels(rack("mha"), "topk", {}, TEXT)
+    levels = Levels(rack("mha"), "topk", TEXT)
 
     def one_block_matters(split):
         return sum((100.0 if block == 1 else 1.0) * share**2 for (block, _), share in split.items())

@@ -8,18 +8,16 @@ from torch import Tensor
 
 from raygrow.sparsity.allocate import uniform
 from raygrow.sparsity.apply import install
-from raygrow.sparsity.calibrate import calibrate
 from raygrow.sparsity.inputs import Place, block_weights, input_size, input_weights
-from raygrow.sparsity.levels import Levels
+from raygrow.sparsity.levels import TOLERANCE, Levels
 from raygrow.sparsity.linear import SparseRows
-from raygrow.sparsity.methods import METHODS, Choice
+from raygrow.sparsity.methods import METHODS, THRESHOLDED, WEIGHTED, Choice
 from raygrow.sparsity.policy import policy_loss
 from tests.growing_cache import growing_attends
 from tests.growth.racks import random_rack, tiny
-from tests.sparsity.racks import KINDS, TEXT, rack, tensors
+from tests.sparsity.racks import KINDS, TEXT, rack
 
 TARGETS = TEXT.roll(-1, 1)
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,13 +90,6 @@ def test_experts_share_what_is_kept_and_the_router_reads_all(method):
     torch.testing.assert_close(model(TEXT), reference(TEXT), rtol=1e-9, atol=1e-9)
 
 
-def thresholds(kind: str) -> Levels:
-    model = rack(kind)
-    statistics = list(calibrate(model.config, tensors(model), TEXT, device=CPU))
-    magnitudes = {(i, name): found for i, block in enumerate(statistics) for name, found in block.magnitudes.items()}
-    return Levels(model, "teal", magnitudes, TEXT)
-
-
 def dropped(levels: Levels, choices: Mapping[Place, Choice]) -> float:
     """The share of the Blocks' weights that a text's tokens do not multiply by."""
     levels._set(choices)
@@ -111,33 +102,72 @@ def dropped(levels: Levels, choices: Mapping[Place, Choice]) -> float:
     return lost / block_weights(config)
 
 
+@pytest.mark.parametrize("method", THRESHOLDED)
 @pytest.mark.parametrize("kind", ["gqa", "mixtral"])
 @torch.no_grad()
-def test_thresholds_drop_as_much_as_is_asked_for(kind):
-    levels = thresholds(kind)
+def test_thresholds_drop_as_much_as_is_asked_for(kind, method):
+    levels = Levels(rack(kind), method, TEXT)
     unfitted = dropped(levels, levels.choices(uniform(levels.config, 0.6)))
     level = levels.level(0.6, "uniform")
-    assert abs(unfitted - 0.6) > 0.006  # those of dense activations do not
-    assert dropped(levels, level.choices) == pytest.approx(0.6, abs=0.005)
+    assert abs(unfitted - 0.6) > TOLERANCE  # those of dense activations do not
+    assert dropped(levels, level.choices) == pytest.approx(0.6, abs=TOLERANCE)
     assert level.nominal == level.skipped == pytest.approx(0.6, abs=0.02)  # of 16 entries
 
 
+@pytest.mark.parametrize("method", THRESHOLDED)
+@pytest.mark.parametrize("kind", ["gqa", "mixtral"])
 @torch.no_grad()
-def test_a_threshold_keeps_what_exceeds_it():
-    levels = thresholds("gqa")
-    model = levels.model
+def test_at_no_sparsity_thresholds_keep_all(kind, method):
+    model = rack(kind)
+    expected = model(TEXT)
+    levels = Levels(model, method, TEXT)
+    assert abs(levels.cost({})) < 1e-12
+    assert levels.level(0.0, "search").nominal == 0
+    torch.testing.assert_close(model(TEXT), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", THRESHOLDED)
+@torch.no_grad()
+def test_a_threshold_keeps_what_scores_above_it(method):
+    levels = Levels(rack("gqa"), method, TEXT)
+    model, weights = levels.model, rack("gqa").blocks[0].attention
     levels._set(levels.choices(uniform(model.config, 0.4)))
     selector = levels.selectors[0, "attention"]
-    threshold = selector.choice.threshold
-    assert torch.equal(
-        selector.masked(torch.tensor([[0.99, -1.01, 0.0]]) * threshold),
-        torch.tensor([[0.0, -1.01, 0.0]]) * threshold,
-    )
+    column_D = norms(weights.q.weight, weights.k.weight, weights.v.weight) if method in WEIGHTED else torch.ones(16)
+    x_RD = torch.randn(9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x_RD[0] = selector.choice.threshold / column_D * torch.linspace(0.7, 1.3, 16)
+    x_RD[1] = -x_RD[0]
+    kept_RD = x_RD.abs() * column_D > selector.choice.threshold
+    assert 0 < kept_RD.sum() < kept_RD.numel()
+    assert kept_RD[0].sum() == kept_RD[1].sum() == 8
+    assert torch.equal(selector.masked(x_RD), torch.where(kept_RD, x_RD, 0))
     for each in levels.selectors.values():
         each.seen = (0, 0)
     model(TEXT)
     kept, total = selector.seen
     assert kept / total == pytest.approx(0.6, abs=0.02)  # the first Block reads what it read in calibration
+
+
+@torch.no_grad()
+def test_hidden_units_of_experts_score_by_their_own_experts_columns():
+    model, reference = rack("mixtral"), rack("mixtral")
+    levels = Levels(model, "rotated_teal", TEXT)
+    levels._set(levels.choices({place: 0.5 for place in levels.selectors if place[1] == "down"}))
+    shares = []
+    for index, block in enumerate(reference.blocks):
+        threshold = levels.selectors[index, "down"].choice.threshold
+
+        def drop(module, inputs, threshold=threshold):
+            x_SF, offsets_E = inputs
+            column_EF = module.weight.norm(dim=1)
+            column_SF = column_EF.repeat_interleave(offsets_E.diff(prepend=offsets_E.new_zeros(1)), 0)
+            kept_SF = x_SF.abs() * column_SF > threshold
+            shares.append(kept_SF.double().mean().item())
+            return torch.where(kept_SF, x_SF, 0), offsets_E
+
+        block.mlp.experts.down.register_forward_pre_hook(drop)
+    torch.testing.assert_close(model(TEXT), reference(TEXT), rtol=1e-9, atol=1e-9)
+    assert shares[0] == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("kind", ["gqa", "some dense"])

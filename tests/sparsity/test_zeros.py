@@ -63,7 +63,7 @@ def test_the_level_is_the_share_of_weights_behind_units_at_zero(kind: str) -> No
             lambda module, inputs, index=index: at_zero.__setitem__(index, (inputs[0] == 0).double().mean().item())
         )
     expected = model(TEXT)
-    level = Levels(model, "relu", {}, TEXT).zeros()
+    level = Levels(model, "relu", TEXT).zeros()
     hidden = [0 if config.has_experts(i) else config.d_ff for i in range(3)]  # experts are read whole
     behind = 2 if config.gated else 1  # rows of `up` and `down`, or of `down` alone
     skipped = sum(share * size * config.d_model * behind for share, size in zip(at_zero, hidden, strict=True))
