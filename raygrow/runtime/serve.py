@@ -60,7 +60,8 @@ class Served:
         self.created = int(time.time())
         self.folder = folder.path
         self._llm = llm
-        self._handle = handle.options(stream=True)
+        # straight to the replica: through Ray's store of objects every piece would cost both sides twice as much
+        self._handle = handle.options(stream=True, _by_reference=False)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         """An answer in pieces. If its replica is lost, it ends with an error, or begins again if nothing has come yet.
