@@ -21,7 +21,7 @@ from raygrow.infer.request import Delta, Request
 
 logger = logging.getLogger("ray.serve")
 
-PIECES_PER_SECOND = 2000
+PIECES_PER_SECOND = 1000
 """Pieces that a replica sends, of all its answers together. Each costs Ray a fraction of a millisecond, so that tokens
 come one by one while there are few answers, and several at once when there are many."""
 REPORT_SECONDS = 2.0
