@@ -1,10 +1,11 @@
 """Linear projections that read only the weights of the entries which a row of activations keeps.
 
 A row keeps its `keep` largest entries (`select`), and a projection of it reads their rows of an input-major weight and
-no others (`sparse_linear`). Rows that decode together share what they read (`masked_linear`). Each picks its Triton
-kernels on CUDA and its torch twin elsewhere; on a CPU the twin skips memory too.
+no others (`sparse_linear`). Rows that decode together, or keep what exceeds a threshold, come with zeros in place of
+the rest, and read what any of them needs (`masked_linear`). Each picks its Triton kernels on CUDA and its torch twin
+elsewhere; on a CPU the twin skips memory too.
 
-Shapes: R rows (tokens), D input, K entries kept, F output, E experts.
+Shapes: R rows (tokens), D input, K entries kept, N entries of all rows that are not zero, F output, E experts.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 UNION_ROWS = 8
-"""Rows on CUDA that share what they read; of more, next to nothing is left to skip, and the dense product is faster."""
+"""Rows that leave out together what none of them needs; of more, next to nothing is left to skip, and the dense product
+is faster."""
 NARROWEST_STRIP = 256
 """Columns that are worth a thread of a CPU."""
 
@@ -153,20 +155,25 @@ def masked_linear(
     addend_RF: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """`x @ weight` of rows that are mostly zeros; on CUDA, what is zero in all of few rows is not read.
+    """`x @ weight` of rows that are mostly zeros; what is zero in all of few rows is not read.
+
+    On a CPU each row reads its own, so that is only where all of them together read less than the whole weight.
 
     Args:
-        x_RD: Rows with zeros in place of what they drop (`masked`, `above`).
+        x_RD: Rows with zeros in place of what they drop (`masked`, `above`), contiguous.
         weight_DF: Input-major, contiguous.
         bias_F: Added.
         addend_RF: Added too.
         gated: As of `sparse_linear`.
     """
-    if _on_triton(weight_DF) and len(x_RD) <= UNION_ROWS:
+    few = len(x_RD) <= UNION_ROWS
+    if few and _on_triton(weight_DF):
         from raygrow.kernels.triton_sparse_linear import masked_linear_triton
 
         return masked_linear_triton(x_RD, weight_DF, bias_F=bias_F, addend_RF=addend_RF, gated=gated)
-    return _finish(x_RD @ weight_DF, bias_F, addend_RF, gated)
+    # a look at what is zero would wait for a device
+    product = masked_linear_torch if few and weight_DF.is_cpu else torch.matmul
+    return _finish(product(x_RD, weight_DF), bias_F, addend_RF, gated)
 
 
 def scatter(selection: Selection, size: int) -> Tensor:
@@ -195,24 +202,40 @@ def sparse_linear_torch(index_RK: Tensor, value_RK: Tensor, weight_DF: Tensor) -
     """The torch twin of `sparse_linear`, without what may follow the product.
 
     A sum of weighted rows is a bag of embeddings, and torch's kernel for these reads just the rows of the bag, with
-    sums in fp32. Its threads share bags: so that they have work for one row, the weight is cut into strips of columns,
-    each with a bag of its own. How it is cut changes no sum.
+    sums in fp32.
     """
-    (rows, keep), features = index_RK.shape, weight_DF.shape[1]
+    rows, keep = index_RK.shape
+    starts_R = torch.arange(0, rows * keep, keep, dtype=torch.int32, device=index_RK.device)
+    return _bags(index_RK.flatten(), value_RK.flatten(), starts_R, weight_DF)
+
+
+def masked_linear_torch(x_RD: Tensor, weight_DF: Tensor) -> Tensor:
+    """The torch twin of `masked_linear` for few rows, without what may follow the product."""
+    row_N, index_N = x_RD.nonzero(as_tuple=True)
+    if not 0 < len(index_N) < len(weight_DF):  # each row reads its own part: of more, the whole is read sooner
+        return x_RD @ weight_DF
+    starts_R = torch.searchsorted(row_N, torch.arange(len(x_RD)), out_int32=True)
+    return _bags(index_N.to(torch.int32), x_RD[row_N, index_N], starts_R, weight_DF)
+
+
+def _bags(index_N: Tensor, value_N: Tensor, starts_R: Tensor, weight_DF: Tensor) -> Tensor:
+    """Sums of weighted rows of a weight, one from each start up to the next, `(R, F)`.
+
+    Torch's threads share bags: so that they have work for one row, the weight is cut into strips of columns, each with
+    bags of its own. How it is cut changes no sum.
+    """
+    rows, features = len(starts_R), weight_DF.shape[1]
     strips = _strips(rows, features)
-    if strips > 1:
-        strip_S = torch.arange(strips, dtype=torch.int32, device=index_RK.device)
-        index_RK = (index_RK[:, None] * strips + strip_S[:, None]).flatten(0, 1)
-        value_RK = value_RK.repeat_interleave(strips, 0)
-        weight_DF = weight_DF.view(-1, features // strips)
+    columns = features // strips
+    strip_S1 = torch.arange(strips, dtype=torch.int32, device=index_N.device)[:, None]
     out = F.embedding_bag(
-        index_RK.flatten(),
-        weight_DF,
-        torch.arange(0, rows * strips * keep, keep, dtype=torch.int32, device=index_RK.device),
+        (index_N * strips + strip_S1).flatten(),
+        weight_DF.view(-1, columns),
+        (starts_R + strip_S1 * len(index_N)).flatten(),
         mode="sum",
-        per_sample_weights=value_RK.flatten(),
+        per_sample_weights=value_N.repeat(strips),
     )
-    return out.view(rows, features)
+    return out.view(strips, rows, columns).transpose(0, 1).flatten(1)
 
 
 def _strips(rows: int, columns: int) -> int:

@@ -4,14 +4,14 @@ Which units a token uses is its own affair, so a few tokens together use more th
 has made rare is rare for all of them. Each function picks its Triton kernels on CUDA for few rows, reads only what is
 used on a CPU, and is the dense product for many rows.
 
-Shapes: R rows (tokens), D model, F hidden units, U units that any row uses, N entries of all rows that are not zero.
+Shapes: R rows (tokens), D model, F hidden units, U units that any row uses.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raygrow.kernels.sparse_linear import masked_linear, sparse_linear_torch
+from raygrow.kernels.sparse_linear import masked_linear
 
 FEW_ROWS = 8
 """Rows that are worth a look at what they use."""
@@ -61,20 +61,7 @@ def nonzero_linear(
         from raygrow.kernels.triton_sparse_linear import sparse_linear_triton
 
         return sparse_linear_triton(None, x_RF, weight_FD, bias_F=bias_D, addend_RF=addend_RD, skip_zeros=True)
-    if weight_FD.is_cuda or len(x_RF) > FEW_ROWS:
-        return masked_linear(x_RF, weight_FD, bias_D, addend_RF=addend_RD)
-    row_N, unit_N = x_RF.nonzero(as_tuple=True)
-    if not 0 < len(unit_N) <= len(weight_FD):  # each row reads its own weights: of more, all are read sooner
-        return masked_linear(x_RF, weight_FD, bias_D, addend_RF=addend_RD)
-    value_N = x_RF[row_N, unit_N]
-    if len(x_RF) == 1:
-        y_RD = sparse_linear_torch(unit_N.to(torch.int32)[None], value_N[None], weight_FD)
-    else:
-        ends_R = (x_RF != 0).sum(1).cumsum(0)
-        y_RD = F.embedding_bag(unit_N, weight_FD, F.pad(ends_R[:-1], (1, 0)), mode="sum", per_sample_weights=value_N)
-    for part in (bias_D, addend_RD):
-        y_RD = y_RD if part is None else y_RD + part
-    return y_RD
+    return masked_linear(x_RF, weight_FD, bias_D, addend_RF=addend_RD)
 
 
 def rectified_linear_dense(gate_RF: Tensor, x_RD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:

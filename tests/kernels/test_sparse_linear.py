@@ -170,6 +170,34 @@ def test_rows_of_the_weight_that_are_not_selected_are_not_read() -> None:
     assert torch.equal(sparse_linear(selection, weight_DF), true_RF)
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
+def test_rows_of_the_weight_that_no_row_needs_are_not_read(
+    dtype: torch.dtype, tolerance: float, rows: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows keep what exceeds a threshold, each another number of entries, one none; together less than there are."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x_RD, weight_DF = random_rows(rows, 640, dtype), random_rows(640, 1024, dtype)
+    x_RD = above(x_RD, x_RD.abs().float().quantile(1 - 0.9 / rows).item())
+    if rows > 1:
+        x_RD[1] = 0
+    assert len(set((x_RD != 0).sum(1).tolist())) > rows // 2
+    addend_RF, bias_F = random_rows(rows, 1024, dtype), random_rows(1, 1024, dtype)[0]
+    true_RF = product(x_RD, weight_DF, bias_F=bias_F, addend=addend_RF, gated=False)
+    gated_RF = product(x_RD, weight_DF, bias_F=None, addend=None, gated=True)
+    weight_DF[(x_RD == 0).all(0)] = torch.nan
+    assert relative_error(masked_linear(x_RD, weight_DF, bias_F, addend_RF=addend_RF), true_RF) < tolerance
+    assert relative_error(masked_linear(x_RD, weight_DF, gated=True), gated_RF) < tolerance
+
+
+@pytest.mark.parametrize("keep", [200, 300])
+def test_many_rows_and_rows_that_need_more_than_there_is_read_everything(keep: int) -> None:
+    rows = 9 if keep == 200 else 3
+    x_RD, weight_DF = masked(random_rows(rows, 640, torch.float32), keep), random_rows(640, 40, torch.float32)
+    assert torch.equal(masked_linear(x_RD, weight_DF), x_RD @ weight_DF)
+
+
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -222,14 +222,15 @@ def test_rows_do_not_depend_on_those_beside_them():
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "reglu", "layernorm"])
-@pytest.mark.parametrize("method", ["topk", "wina"])
+@pytest.mark.parametrize("method", ["topk", "wina", *THRESHOLDED])
 @torch.no_grad()
 def test_a_token_alone_is_what_it_is_among_others(method, kind):
-    """Alone it reads lists of entries, its experts' too; among others there are zeros in products of everything."""
+    """Alone it reads what it keeps, its experts' too; among others there are zeros in products of everything."""
     more = {"reglu": {"mlp": "reglu"}, "layernorm": {"norm": "layernorm"}}
     model = rack(kind) if kind in KINDS else random_rack(tiny(**more[kind]), torch.float64)
     for place, selector in install(model, method, SparseRows()).items():
-        selector.choice = Choice(input_size(model.config, *place) // 2)
+        threshold = 0.7 if method in THRESHOLDED else None
+        selector.choice = Choice(input_size(model.config, *place) // 2, threshold)
     x_BTD = torch.randn(1, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for block in model.blocks:
         alone = torch.cat([block.attention.qkv(x_BTD[:, t : t + 1]) for t in range(9)], dim=1)
