@@ -21,7 +21,7 @@ from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.plan import PLAN_FILE, load_plan
 from raygrow.sparsity.policy import Policy, under_policy
 from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
-from raygrow.weights.folder import load_model
+from raygrow.weights.folder import load_model, open_folder
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +98,10 @@ def evaluate_model(
     if (model_folder / TOKENIZER_FILE).is_file():
         check_tokenizer(tokens.manifest, load_tokenizer(model_folder), name=f"the tokenizer of {model_folder}")
     place = choose_device(device)
-    model = load_model(model_folder, device=place).eval()
-    rows = SparseRows()
-    if sparsity is not None:
-        sparse(model, load_plan(model_folder, model.config), sparsity, rows=rows)
+    plan = load_plan(open_folder(model_folder)) if sparsity is not None else None
+    model, rows = load_model(model_folder, device=place).eval(), SparseRows()
+    if plan is not None and sparsity is not None:
+        sparse(model, plan, sparsity, rows=rows)
     if tokens.manifest.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{model_folder} knows {model.config.vocab_size} tokens, but {data_path} was prepared with a tokenizer of "

@@ -324,15 +324,16 @@ def load_engine(folder: str | Path, config: EngineConfig | None = None) -> Engin
 
 
 def sparsity_plan(folder: ModelFolder, config: EngineConfig) -> SparsityPlan | None:
-    """The plan of a model that is to be sparse, None if it is to be dense. Reads no weights.
+    """The plan of a model that is to be sparse, None if it is to be dense. Reads samples of the weights.
 
     Raises:
         FileNotFoundError: If the model is a dense one.
-        ValueError: If its plan is damaged, or it was not made for that sparsity; names those that it was made for.
+        ValueError: If its plan is damaged or of other weights, or it was not made for that sparsity; names those that
+            it was made for.
     """
     if not config.sparsity:
         return None
-    plan = load_plan(folder.path, folder.config)
+    plan = load_plan(folder)
     plan.level(config.sparsity)
     return plan
 

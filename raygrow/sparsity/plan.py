@@ -1,6 +1,7 @@
 """`sparsity.json`: what a model folder says about running its model with less weights.
 
     version, method, rotation
+    fingerprint    of the weights that it was made for, see `weights/fingerprint.py`
     calibration    which text the bases and levels were chosen on
     levels         by sparsity: what is kept of each input of each Block, and what that saves
 
@@ -25,10 +26,13 @@ from raygrow.sparsity.inputs import (
     places,
 )
 from raygrow.sparsity.methods import METHODS, Choice, Method, Rotation
+from raygrow.weights.fingerprint import fingerprint
+from raygrow.weights.folder import ModelFolder
 from raygrow.weights.json_file import read_json
 
 PLAN_FILE = "sparsity.json"
-VERSION = 1
+VERSION = 2
+_AGAIN = "run `raygrow sparsify` again, on the dense model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class SparsityPlan:
 
     method: Method
     rotation: Rotation
+    fingerprint: str
+    """Of the weights that it was made for: norms, thresholds and splits are theirs alone."""
     calibration: Calibration
     levels: Mapping[float, Level]
 
@@ -93,6 +99,7 @@ class SparsityPlan:
             "version": VERSION,
             "method": self.method,
             "rotation": self.rotation,
+            "fingerprint": self.fingerprint,
             "calibration": asdict(self.calibration),
             "levels": levels,
         }
@@ -116,17 +123,17 @@ def _weights(config: ModelConfig, method: Method, place: Place) -> int:
     return 2 * weights if method == "relu" and config.gated and place[1] == "down" else weights
 
 
-def load_plan(folder: str | Path, config: ModelConfig) -> SparsityPlan:
-    """The plan of a model folder.
+def load_plan(folder: ModelFolder) -> SparsityPlan:
+    """The plan of a model folder. Reads samples of its weights.
 
     Raises:
         FileNotFoundError: If it has none.
-        ValueError: If it cannot be read, or is of another model; names what is wrong.
+        ValueError: If it cannot be read, or is of another model or of other weights; names what is wrong.
     """
-    path = Path(folder) / PLAN_FILE
+    path, config = folder.path / PLAN_FILE, folder.config
     if not path.exists():
         raise FileNotFoundError(
-            f"{folder} is a dense model: it has no {PLAN_FILE}; make it sparse with `raygrow sparsify` first"
+            f"{folder.path} is a dense model: it has no {PLAN_FILE}; make it sparse with `raygrow sparsify` first"
         )
     content = read_json(path)
     try:
@@ -134,14 +141,16 @@ def load_plan(folder: str | Path, config: ModelConfig) -> SparsityPlan:
             raise ValueError(f"version {content.get('version')!r}, this raygrow reads {VERSION}")
         method, rotation = _one_of(content, "method", METHODS), _one_of(content, "rotation", get_args(Rotation))
         levels = {float(key): _read_level(level, config, method) for key, level in content["levels"].items()}
-        calibration = Calibration(**content["calibration"])
+        calibration, weights = Calibration(**content["calibration"]), content["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); sparsify the model again"
-        ) from error
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}); {_AGAIN}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; sparsify the model again") from error
-    return SparsityPlan(method=method, rotation=rotation, calibration=calibration, levels=levels)
+        raise ValueError(f"{path}: {error}; {_AGAIN}") from error
+    if weights != fingerprint(folder):
+        raise ValueError(
+            f"{path}: it was made for other weights than those that now lie beside it; put its own back, or {_AGAIN}"
+        )
+    return SparsityPlan(method=method, rotation=rotation, fingerprint=weights, calibration=calibration, levels=levels)
 
 
 def _read_level(tree: dict[str, Any], config: ModelConfig, method: Method) -> Level:

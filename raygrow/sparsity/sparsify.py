@@ -29,7 +29,8 @@ from raygrow.sparsity.policy import POLICIES, Policy, policy_loss
 from raygrow.sparsity.rotation import block_bases, global_basis
 from raygrow.weights.apply import Derived
 from raygrow.weights.atomic import new_folder
-from raygrow.weights.folder import ModelFolder, describe, layout_of, load_model, write_stored
+from raygrow.weights.fingerprint import fingerprint
+from raygrow.weights.folder import ModelFolder, describe, layout_of, load_model, open_folder, write_stored
 from raygrow.weights.json_file import read_json
 
 logger = logging.getLogger(__name__)
@@ -247,6 +248,7 @@ def sparsify_folder(
         plan = SparsityPlan(
             method=config.method,
             rotation=config.basis,
+            fingerprint=fingerprint(open_folder(aside)),
             calibration=_calibration(texts),
             levels=found,
         )

@@ -13,6 +13,8 @@ import torch
 from raygrow.cli import main
 from raygrow.evaluate.perplexity import evaluate_model
 from raygrow.evaluate.sparsify import sparsify_model
+from raygrow.infer.config import EngineConfig
+from raygrow.infer.engine import load_engine
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
@@ -40,7 +42,7 @@ def test_the_folder_holds_the_same_model_and_the_losses_that_its_card_tells(
     sparsified = made(model_folder, tmp_path / "out", data, method=method, sparsity=(0.3, 0.5))
     torch.testing.assert_close(load_model(tmp_path / "out")(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
     assert open_folder(tmp_path / "out").config.rotation == ROTATIONS[method]
-    assert load_plan(tmp_path / "out", open_folder(tmp_path / "out").config) == sparsified.plan
+    assert load_plan(open_folder(tmp_path / "out")) == sparsified.plan
     card = (tmp_path / "out/README.md").read_text()
     dense, *levels = sparsified.rows
     for row in levels:
@@ -78,7 +80,7 @@ def test_hidden_units_at_zero_are_a_level_that_costs_nothing(
     dense, row = made(tmp_path / "dense", tmp_path / "out", data, method="relu").rows
     assert row.sparsity == round(row.nominal, 2) > 0.1
     assert row.losses == pytest.approx(dense.losses, rel=1e-6)
-    plan = load_plan(tmp_path / "out", rectified)
+    plan = load_plan(open_folder(tmp_path / "out"))
     assert plan.level(row.sparsity).nominal == row.nominal
     settings = {"sequences": 6, "seq_len": 24, "device": "cpu", "policy": "all"}
     losses = [evaluate_model(tmp_path / "out", data, **settings, sparsity=level).loss for level in (None, row.sparsity)]
@@ -103,7 +105,7 @@ def test_the_commands_of_a_card_make_the_model_and_its_figures_again(
     sparsify, *evaluations = [shlex.split(line)[1:] for line in card.splitlines() if line.startswith("raygrow ")]
     again = str(tmp_path / "again")
     assert main([again if word == "MODEL" else word for word in sparsify] + ["device=cpu"]) == 0
-    assert load_plan(tmp_path / "again", open_folder(model_folder).config) == first.plan
+    assert load_plan(open_folder(tmp_path / "again")) == first.plan
     for words in evaluations:
         capsys.readouterr()
         assert main([again if word == "MODEL" else word for word in words]) == 0
@@ -154,7 +156,7 @@ def test_a_hugging_face_model_with_one_basis_stays_one_and_is_untied(
     assert settings["model_type"] == "llama"
     assert settings["tie_word_embeddings"] is False
     torch.testing.assert_close(load_model(tmp_path / "out")(TOKENS), rack(TOKENS), rtol=1e-4, atol=1e-4)
-    assert load_plan(tmp_path / "out", llama).rotation == "global"
+    assert load_plan(open_folder(tmp_path / "out")).rotation == "global"
     with pytest.raises(ValueError, match=r"is rotated already \(rotation=global\)"):
         made(tmp_path / "out", tmp_path / "again", data)
     made(tmp_path / "hf", tmp_path / "larosa", data, sparsity=0.4, method="larosa")
@@ -318,7 +320,11 @@ def damaged(change):
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "is a dense model: it has no sparsity.json"),
-        (damaged(lambda content: content.update(version=9)), "version 9, this raygrow reads 1"),
+        (
+            damaged(lambda content: content.update(version=1)),
+            "version 1, this raygrow reads 2; run `raygrow sparsify` again, on the dense model",
+        ),
+        (damaged(lambda content: content.pop("fingerprint")), "cannot be read (KeyError: 'fingerprint')"),
         (damaged(lambda content: content.update(method="magic")), "method='magic' is none of"),
         (damaged(lambda content: content.pop("levels")), "cannot be read (KeyError: 'levels')"),
         (
@@ -336,9 +342,27 @@ def test_a_level_or_plan_that_is_not_there_or_damaged_is_named(
     damage, message, model_folder: Path, data: Path, tmp_path: Path, capsys
 ):
     made(model_folder, tmp_path / "out", data, sparsity=0.4, method="topk", split="uniform")
-    plan = load_plan(tmp_path / "out", open_folder(tmp_path / "out").config)
+    plan = load_plan(open_folder(tmp_path / "out"))
     assert set(plan.levels[0.4].choices) == {(block, name) for block in range(3) for name in INPUTS}
     damage(tmp_path / "out" / PLAN_FILE)
     words = ["evaluate", str(tmp_path / "out"), "--data", str(data), "--sparsity", "0.4", "--seq-len", "24"]
     assert main(words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@torch.no_grad()
+def test_a_plan_is_for_its_weights_alone(model_folder: Path, data: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    made(model_folder, out, data, sparsity=0.4, method="topk", split="uniform")
+    plan = (out / PLAN_FILE).read_text()
+    trained = load_model(out)
+    trained.blocks[1].attention.o.weight *= 1.01
+    write_folder(out, trained.config, trained.named_parameters(), tokenizer_from=model_folder, replace=True)
+    (out / PLAN_FILE).write_text(plan)
+    words = ["evaluate", str(out), "--data", str(data), "--sparsity", "0.4", "--seq-len", "24"]
+    message = f"{out / PLAN_FILE}: it was made for other weights than those that now lie beside it; put its own back"
+    assert main(words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_engine(out, EngineConfig(device="cpu", sparsity=0.4))
+    load_engine(out, EngineConfig(device="cpu")).close()

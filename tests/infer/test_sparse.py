@@ -20,7 +20,7 @@ from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.methods import THRESHOLDED, Method
 from raygrow.sparsity.plan import PLAN_FILE, load_plan
 from raygrow.text.tokenizer import Tokenizer
-from raygrow.weights.folder import load_model, write_folder
+from raygrow.weights.folder import load_model, open_folder, write_folder
 from tests.growing_cache import growing_attends
 from tests.infer.subjects import SHAPES, Subject, finish, prompts, request, tokens_of
 from tests.sparsity.plans import add_plan
@@ -296,7 +296,7 @@ def test_sparse_tokens_in_bf16_are_there(each_sparse: SparseSubject):
     engine = each_sparse.engine(device="cuda", max_num_seqs=12)
     model = sparse(
         load_model(each_sparse.folder, dtype=torch.bfloat16, device="cuda"),
-        load_plan(each_sparse.folder, load_model(each_sparse.folder).config),
+        load_plan(open_folder(each_sparse.folder)),
         LEVEL,
         rows=SparseRows(0, 0),
     )

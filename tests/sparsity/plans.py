@@ -6,12 +6,14 @@ from raygrow.sparsity.allocate import ratio_split
 from raygrow.sparsity.inputs import input_size
 from raygrow.sparsity.methods import Choice, Method
 from raygrow.sparsity.plan import Calibration, SparsityPlan, make_level
+from raygrow.weights.fingerprint import fingerprint
 from raygrow.weights.folder import open_folder
 
 
 def add_plan(folder: Path, *levels: float, method: Method = "wina", threshold: float | None = None) -> SparsityPlan:
     """Lets a model folder be run sparse, in its own basis; inputs of the residual stream keep more than the others."""
-    config = open_folder(folder).config
+    opened = open_folder(folder)
+    config = opened.config
     made = {}
     for level in levels:
         split = ratio_split(config, level, 0.8)
@@ -21,6 +23,8 @@ def add_plan(folder: Path, *levels: float, method: Method = "wina", threshold: f
         }
         made[level] = make_level(config, choices)
     calibration = Calibration(data="none", sequences=0, seq_len=0, sha256="")
-    plan = SparsityPlan(method=method, rotation="none", calibration=calibration, levels=made)
+    plan = SparsityPlan(
+        method=method, rotation="none", fingerprint=fingerprint(opened), calibration=calibration, levels=made
+    )
     plan.save(folder)
     return plan
