@@ -170,6 +170,8 @@ class Card:
             told.append(f"the zeros are counted on {config.searched} sequences")
         elif config.split != "uniform":
             told.append(f"splits are tried out on {config.searched} sequences")
+        elif method in THRESHOLDED:
+            told.append(f"their common factor on {config.searched} sequences")
         if not told:
             return "on nothing: neither the method nor the split depends on a text"
         return f"{', '.join(told)} of {found.seq_len} tokens of `{found.data}` (sha256 {found.sha256[:12]})"

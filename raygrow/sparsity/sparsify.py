@@ -23,7 +23,7 @@ from raygrow.sparsity.card import Card, Origin, Row
 from raygrow.sparsity.inputs import Place
 from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
-from raygrow.sparsity.methods import ROTATIONS, Choice, Method, Rotation
+from raygrow.sparsity.methods import ROTATIONS, THRESHOLDED, Choice, Method, Rotation
 from raygrow.sparsity.plan import PLAN_FILE, Calibration, Level, SparsityPlan
 from raygrow.sparsity.policy import POLICIES, Policy, policy_loss
 from raygrow.sparsity.rotation import block_bases, global_basis
@@ -65,7 +65,8 @@ class SparsifyConfig:
     seq_len: int = 0
     """Tokens in a sequence; 0 is what the model takes, 2048 at most."""
     search_sequences: int | None = None
-    """The first of them, on which splits are tried out; 4 when not given."""
+    """The first of them, on which splits and thresholds are tried out; 4 when not given. Not for a uniform split
+    without thresholds."""
     evaluate_sequences: int = 32
     """Of the validation text, for the card; 0 is all."""
     batch_size: int = 4
@@ -91,20 +92,26 @@ class SparsifyConfig:
                 raise ValueError("sparsity=[]: name at least one, such as 0.4")
             object.__setattr__(self, "sparsity", tuple(sorted({float(level) for level in levels})))
             object.__setattr__(self, "split", self.split or "search")
-        if self.search_sequences is None:
-            object.__setattr__(self, "search_sequences", max(1, min(SEARCH_SEQUENCES, self.sequences)))
+        if self.split == "uniform" and self.method not in THRESHOLDED:
+            if self.search_sequences is not None:
+                raise ValueError(
+                    f"search_sequences={self.search_sequences}: with split=uniform, method={self.method} tries nothing "
+                    "out; leave search_sequences out, or take another split"
+                )
+        elif self.search_sequences is None:
+            object.__setattr__(self, "search_sequences", self.searched)
         for level in self.levels:
             if not 0 <= level < 1:
                 raise ValueError(f"sparsity={level:g}: must be at least 0 and below 1")
-        for name, least in (
-            ("sequences", 1),
-            ("seq_len", 0),
-            ("search_sequences", 1),
-            ("evaluate_sequences", 0),
-            ("batch_size", 1),
+        for name, value, least in (
+            ("sequences", self.sequences, 1),
+            ("seq_len", self.seq_len, 0),
+            ("search_sequences", self.searched, 1),
+            ("evaluate_sequences", self.evaluate_sequences, 0),
+            ("batch_size", self.batch_size, 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
         if self.searched > self.sequences:
             raise ValueError(
                 f"search_sequences={self.searched}: they are the first of the calibration text, which has "
@@ -118,9 +125,9 @@ class SparsifyConfig:
 
     @property
     def searched(self) -> int:
-        """Sequences that splits are tried out on, settled."""
-        assert self.search_sequences is not None
-        return self.search_sequences
+        """Sequences that splits and thresholds are tried out on, settled."""
+        default = max(1, min(SEARCH_SEQUENCES, self.sequences))
+        return default if self.search_sequences is None else self.search_sequences
 
     @property
     def basis(self) -> Rotation:

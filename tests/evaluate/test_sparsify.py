@@ -97,10 +97,21 @@ def test_a_result_is_told_once(
     assert [told.count(f"sparsity {level}: ") for level in (0.3, 0.5)] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "calibrated"),
+    [
+        ({"search_sequences": 2}, "the bases on 4 sequences, splits are tried out on 2 sequences of 24 tokens"),
+        ({"split": "uniform"}, "the bases on 4 sequences of 24 tokens"),
+        (
+            {"split": "uniform", "search_sequences": 2, "method": "teal"},
+            "the thresholds on 4 sequences, their common factor on 2 sequences of 24 tokens",
+        ),
+    ],
+)
 def test_the_commands_of_a_card_make_the_model_and_its_figures_again(
-    model_folder: Path, data: Path, tmp_path: Path, capsys
+    settings: dict, calibrated: str, model_folder: Path, data: Path, tmp_path: Path, capsys
 ):
-    first = made(model_folder, tmp_path / "a folder", data, sparsity=(0.3, 0.5), search_sequences=2)
+    first = made(model_folder, tmp_path / "a folder", data, sparsity=(0.3, 0.5), **settings)
     card = (tmp_path / "a folder/README.md").read_text()
     sparsify, *evaluations = [shlex.split(line)[1:] for line in card.splitlines() if line.startswith("raygrow ")]
     again = str(tmp_path / "again")
@@ -111,7 +122,7 @@ def test_the_commands_of_a_card_make_the_model_and_its_figures_again(
         assert main([again if word == "MODEL" else word for word in words]) == 0
         record = json.loads(capsys.readouterr().out)
         assert record["loss"] == pytest.approx(first.rows[-1].losses[record["policy"]], rel=1e-5)
-    assert "- **calibrated** the bases on 4 sequences, splits are tried out on 2 sequences of 24 tokens" in card
+    assert f"- **calibrated** {calibrated}" in card
     assert "- **made** in float32 on " in card
     assert f"torch {torch.__version__}" in card
 
@@ -229,6 +240,7 @@ def test_an_export_whose_plan_cannot_be_copied_leaves_nothing(model_folder: Path
         (["colour=red"], "colour"),
         (["method=relu", "sparsity=0.9"], "sparsity=0.9: method=relu drops what is zero in every case"),
         (["method=relu", "split=search"], "split=search: method=relu drops what is zero in every case"),
+        (["split=uniform", "search_sequences=2"], "search_sequences=2: with split=uniform, method=rotated_wina tries"),
         (["sequences=4", "search_sequences=100"], "search_sequences=100: they are the first of the calibration text"),
         (["data=2024"], "2024: no prepared data here"),
         (["data=007"], "007: no prepared data here"),

@@ -31,9 +31,7 @@ from tests.composed import composed
 from tests.report.conftest import GROWTH
 from tests.runtime.conftest import ROOT
 
-SPARSIFY = SparsifyConfig(
-    sparsity=(0.25, 0.4), split="uniform", sequences=4, search_sequences=2, evaluate_sequences=4, device="cpu"
-)
+SPARSIFY = SparsifyConfig(sparsity=(0.25, 0.4), split="uniform", sequences=4, evaluate_sequences=4, device="cpu")
 
 
 @pytest.fixture
@@ -257,7 +255,7 @@ def with_steps(plan: PlanConfig, steps: int) -> PlanConfig:
         ("sparsify", {"seq_len": 65}, "sparsify: seq_len=65: this model takes 2 to 64 tokens"),
         (
             "sparsify",
-            {"sequences": 1, "search_sequences": 1, "seq_len": 8},
+            {"sequences": 1, "seq_len": 8},
             "sparsify: sequences=1, seq_len=8: fewer tokens than d_model=16",
         ),
         ("serve", {"engine_kwargs": EngineConfig(sparsity=0.3)}, "sparsity=0.3: the model is made for .*0.25, 0.4"),
