@@ -135,7 +135,7 @@ def sparsify(parsed: argparse.Namespace) -> int:
     from raygrow.config import build
     from raygrow.evaluate.sparsify import sparsify_model
     from raygrow.runtime.progress import progress_bars
-    from raygrow.sparsity.sparsify import SparsifyConfig
+    from raygrow.sparsity.config import SparsifyConfig
 
     settings = dict(map(_setting, parsed.settings))
     if settings.pop("data", None) is None:
@@ -165,8 +165,8 @@ def export(parsed: argparse.Namespace) -> int:
     """
     import shutil
 
+    from raygrow.sparsity.card import CARD_FILE
     from raygrow.sparsity.plan import PLAN_FILE
-    from raygrow.sparsity.sparsify import CARD_FILE
     from raygrow.weights.atomic import new_folder
     from raygrow.weights.folder import open_folder, write_folder
 

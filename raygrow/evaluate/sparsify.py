@@ -13,8 +13,9 @@ from raygrow.evaluate.speed import decode_speeds, hardware
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.device import choose_device
 from raygrow.progress import Progress, silent
-from raygrow.sparsity.card import Origin
-from raygrow.sparsity.sparsify import CARD_FILE, Sparsified, SparsifyConfig, Texts, check_source, sparsify_folder
+from raygrow.sparsity.card import CARD_FILE, Origin
+from raygrow.sparsity.config import SparsifyConfig, check_source
+from raygrow.sparsity.sparsify import Sparsified, Texts, sparsify_folder
 from raygrow.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from raygrow.weights.atomic import replace_file
 from raygrow.weights.folder import ModelFolder, open_folder

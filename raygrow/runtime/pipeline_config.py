@@ -21,7 +21,7 @@ from raygrow.runtime.serve_config import (
     ModelLoadingConfig,
     ServeConfig,
 )
-from raygrow.sparsity.sparsify import SparsifyConfig, check_model
+from raygrow.sparsity.config import SparsifyConfig, check_model
 from raygrow.text.tokenizer import load_tokenizer
 from raygrow.train.plan import resolve
 

@@ -16,8 +16,8 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import block_flops, head_flops
 from raygrow.progress import Progress
 from raygrow.runtime.openai.responses import CompletionShape, Prompt
+from raygrow.sparsity.config import SparsifyConfig
 from raygrow.sparsity.policy import POLICIES
-from raygrow.sparsity.sparsify import SparsifyConfig
 from raygrow.weights.atomic import replace_file
 from raygrow.weights.folder import open_folder
 from raygrow.weights.json_file import read_json

@@ -6,17 +6,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from raygrow.sparsity.allocate import SplitName
+from raygrow.sparsity.config import SparsifyConfig
 from raygrow.sparsity.inputs import INPUTS, Input, block_weights, input_size
 from raygrow.sparsity.methods import THRESHOLDED
 from raygrow.sparsity.plan import Level, SparsityPlan
 from raygrow.sparsity.policy import POLICIES, Policy
 from raygrow.weights.folder import ModelFolder
 
-if TYPE_CHECKING:
-    from raygrow.sparsity.sparsify import SparsifyConfig
+CARD_FILE = "README.md"
 
 _METHODS = {
     "topk": "the largest entries of every input, as many of every token",
@@ -99,7 +98,7 @@ class Card:
     folder: ModelFolder
     """The dense model."""
     plan: SparsityPlan
-    config: "SparsifyConfig"
+    config: SparsifyConfig
     """With `seq_len` settled."""
     taken: Mapping[float, SplitName]
     """Which kind of split each level has, where one was chosen."""

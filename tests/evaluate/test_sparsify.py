@@ -19,10 +19,10 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.card import Row
+from raygrow.sparsity.config import SparsifyConfig
 from raygrow.sparsity.inputs import INPUTS
 from raygrow.sparsity.methods import METHODS, ROTATIONS
 from raygrow.sparsity.plan import PLAN_FILE, load_plan
-from raygrow.sparsity.sparsify import SparsifyConfig
 from raygrow.weights.folder import load_model, open_folder, write_folder
 
 TOKENS = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(0))

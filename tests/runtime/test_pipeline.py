@@ -24,7 +24,7 @@ from raygrow.report.pipeline import STAGES
 from raygrow.runtime import pipeline as job
 from raygrow.runtime.pipeline_config import AnswerConfig, EvaluateConfig, PipelineConfig, as_tree, read_pipeline
 from raygrow.runtime.stage_work import continue_text
-from raygrow.sparsity.sparsify import SparsifyConfig
+from raygrow.sparsity.config import SparsifyConfig
 from raygrow.train.config import PhaseConfig, PlanConfig
 from raygrow.weights.folder import write_folder
 from tests.composed import composed

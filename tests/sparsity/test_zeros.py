@@ -5,10 +5,10 @@ import torch
 
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.apply import install
+from raygrow.sparsity.config import SparsifyConfig, check_model
 from raygrow.sparsity.inputs import block_weights
 from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
-from raygrow.sparsity.sparsify import SparsifyConfig, check_model
 from raygrow.sparsity.zeros import ZeroSkippingMlp, skip_zeros
 from tests.growth.racks import random_rack, tiny
 from tests.sparsity.racks import TEXT
