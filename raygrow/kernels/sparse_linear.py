@@ -112,7 +112,7 @@ def sparse_linear(
         bias_F: Added.
         addend_RF: Added too, such as the residual stream.
         gated: Whether the weight's halves are a gate and what it is applied to: `silu(first) * second` is returned.
-            Not together with a bias or an addend.
+            Not together with a bias.
 
     Returns:
         `(R, F)`, or `(R, F / 2)` if gated, in the weight's dtype. Sums are in fp32 at least.
@@ -244,11 +244,11 @@ def _strips(rows: int, columns: int) -> int:
 
 
 def _finish(out_RF: Tensor, bias_F: Tensor | None, addend_RF: Tensor | None, gated: bool) -> Tensor:
-    if gated:
-        gate_RF, up_RF = out_RF.chunk(2, dim=1)
-        return F.silu(gate_RF) * up_RF
     if bias_F is not None:
         out_RF = out_RF + bias_F
+    if gated:
+        gate_RF, up_RF = out_RF.chunk(2, dim=1)
+        out_RF = F.silu(gate_RF) * up_RF
     return out_RF if addend_RF is None else out_RF + addend_RF
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from raygrow.kernels.row_linear import Around
 from raygrow.kernels.sparse_linear import Selection, masked_linear, norm_masked, norm_select, select, sparse_linear
+from raygrow.kernels.threshold_linear import threshold_linear
 from raygrow.sparsity.methods import Selector, column_norms
 
 
@@ -70,13 +72,26 @@ class SparseLinear(nn.Module):
         """`(B, T, D)` to the outputs side by side, or what is gated, plus what is to be added."""
         rows = self.rows.within(x_BTD.shape[1])
         addend_RF = None if addend_BTF is None else addend_BTF.flatten(0, 1).contiguous()
-        if len(x_BTD) == x_BTD.shape[1] == 1 and rows == slice(0, 1) and self.selector.lists:
-            kept = selected(x_BTD.flatten(0, 1).contiguous(), self.selector, self.norm)
-            y_RF = sparse_linear(kept, self.weight_DF, self.bias_F, addend_RF=addend_RF, gated=self.gated)
+        alone = len(x_BTD) == x_BTD.shape[1] == 1 and rows == slice(0, 1)
+        if alone and self.selector.drops:
+            y_RF = self._of_one(x_BTD.flatten(0, 1).contiguous(), addend_RF)
         else:
             x_RD = only_kept(x_BTD, rows, self.selector, self.norm).flatten(0, 1).contiguous()
             y_RF = masked_linear(x_RD, self.weight_DF, self.bias_F, addend_RF=addend_RF, gated=self.gated)
         return y_RF.unflatten(0, x_BTD.shape[:2])
+
+    def _of_one(self, x_1D: Tensor, addend_1F: Tensor | None) -> Tensor:
+        """One token, which reads what it keeps."""
+        threshold, scale_D = self.selector.choice.threshold, self.selector.scale_D
+        if threshold is None:
+            kept = selected(x_1D, self.selector, self.norm)
+            return sparse_linear(kept, self.weight_DF, self.bias_F, addend_RF=addend_1F, gated=self.gated)
+        around = Around(bias_F=self.bias_F, gated=self.gated, addend_RF=addend_1F)
+        if isinstance(self.norm, nn.RMSNorm) and self.norm.eps is not None:
+            around = around._replace(eps=self.norm.eps, gain_D=self.norm.weight)
+        elif self.norm is not None:
+            x_1D = self.norm(x_1D)
+        return threshold_linear(x_1D, self.weight_DF, threshold, scale_D, around)
 
 
 def selected(x_RD: Tensor, selector: Selector, norm: nn.Module | None = None) -> Selection:

