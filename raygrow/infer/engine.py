@@ -318,7 +318,7 @@ def load_engine(folder: str | Path, config: EngineConfig | None = None) -> Engin
     if plan is not None and config.sparsity:
         rows = SparseRows() if plan.method != "relu" else None  # which leaves out what is zero, of any token
         sparse(model, plan, config.sparsity, rows=rows)
-    elif device.type == "cuda":
+    if device.type == "cuda":
         join(model)
     return Engine(model, tokenizer, config, end_ids={tokenizer.eos_id, *_end_ids(folder)}, rows=rows)
 

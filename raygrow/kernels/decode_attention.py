@@ -26,9 +26,9 @@ def decode_attention(
     A row's result does not depend on the rows beside it. Nothing beyond a row's position is read.
 
     Args:
-        q_RNH: One query per sequence, not yet turned; a row's heads are contiguous.
+        q_RNH: One query per sequence, not yet turned; a row's heads are contiguous, here and in what follows.
         k_RKH: Its key, not yet turned.
-        v_RKH: Its value, with the strides of the keys.
+        v_RKH: Its value.
         rope: Cosines and sines of each row's position, `(R, H)` each.
         k_STKH: Keys of all slots. Slots and tokens may be any distance apart; a token's heads are contiguous.
         v_STKH: Values, with the same strides.

@@ -17,6 +17,8 @@ from raygrow.kernels.triton_launch import overlapping, overlaps, tickets_of
 
 PROGRAMS = 1024
 """So many keep a GPU busy: few rows are split into more parts than many."""
+MOST_PARTS = 128
+"""Of a row: the program that puts them together holds all of them."""
 SMALLEST_PART = 64
 """Tokens; a smaller part is not worth a program."""
 STAGES = 3
@@ -47,7 +49,7 @@ def _fold(score_gt, v_th, highest_g, sum_g, out_gh):
 @triton.jit
 def _attend(
     q, k_new, v_new, cos, sin, k, v, slots, positions, out, partial, tickets,
-    q_stride, k_stride, slot_stride, token_stride, scale,
+    q_stride, k_stride, v_stride, slot_stride, token_stride, scale,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, SMALLEST: tl.constexpr,
     ALIGNED: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
@@ -93,7 +95,7 @@ def _attend(
 
     if first + size > position:  # the part of the new token, which the other programs need not see
         k_h = _rotated(k_new + row * k_stride, kv_head * H, cos_h, sin_h, h, real_h, H)
-        v_h = tl.load(v_new + row * k_stride + kv_head * H + h, mask=real_h, other=0.0)
+        v_h = tl.load(v_new + row * v_stride + kv_head * H + h, mask=real_h, other=0.0)
         new_h = base + position.to(tl.int64) * token_stride + h
         tl.store(k + new_h, k_h, mask=real_h)
         tl.store(v + new_h, v_h, mask=real_h)
@@ -148,22 +150,22 @@ def decode_attention_triton(
     shared = heads // kv_heads
     types = {x.dtype for x in (q_RNH, k_RKH, v_RKH, k_STKH, v_STKH)}
     assert len(types) == 1, "queries, keys and values must be of one type"
-    assert k_RKH.stride() == v_RKH.stride(), "new keys and values must have the same strides"
-    assert q_RNH.stride()[1:] == k_RKH.stride()[1:] == (dim, 1), "the heads of a new token must be contiguous"
+    for x in (q_RNH, k_RKH, v_RKH):
+        assert x.stride()[1:] == (dim, 1), "the heads of a new token must be contiguous"
     assert k_STKH.stride() == v_STKH.stride(), "keys and values must have the same strides"
     assert k_STKH.stride()[2:] == (dim, 1), "the heads of a token must be contiguous"
     cos_RH, sin_RH = (x.to(torch.float32).contiguous() for x in rope)
     out_RNH = torch.empty(rows, heads, dim, dtype=q_RNH.dtype, device=q_RNH.device)
     if not rows:
         return out_RNH
-    parts = min(triton.cdiv(PROGRAMS, rows * kv_heads), triton.cdiv(k_STKH.shape[1], SMALLEST_PART))
+    parts = min(triton.cdiv(PROGRAMS, rows * kv_heads), triton.cdiv(k_STKH.shape[1], SMALLEST_PART), MOST_PARTS)
     partial = torch.empty(rows * heads * parts * (dim + 2), dtype=torch.float32, device=q_RNH.device)
     pdl = overlaps(q_RNH.device)
     # the parts are the slowest dimension of the grid, so that the empty ones come last
     _attend[(kv_heads, rows, parts)](
         q_RNH, k_RKH, v_RKH, cos_RH, sin_RH, k_STKH.data_ptr(), v_STKH.data_ptr(), slots_R, positions_R,
         out_RNH, partial, tickets_of(k_STKH, rows * kv_heads),
-        q_RNH.stride(0), k_RKH.stride(0), k_STKH.stride(0), k_STKH.stride(1), dim**-0.5,
+        q_RNH.stride(0), k_RKH.stride(0), v_RKH.stride(0), k_STKH.stride(0), k_STKH.stride(1), dim**-0.5,
         K=kv_heads, G=shared, H=dim, PARTS=parts, SMALLEST=SMALLEST_PART,
         ALIGNED=16 if k_STKH.data_ptr() % 16 == v_STKH.data_ptr() % 16 == 0 else 1, STAGES=STAGES,
         BLOCK_T=64 if q_RNH.dtype.itemsize == 2 else 32,

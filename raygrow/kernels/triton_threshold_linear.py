@@ -57,7 +57,7 @@ def _threshold_linear(
     WIDTH: tl.constexpr = 2 * F if GATED else F
     f, k = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
     real_f = f < F
-    where_kf = weight + k[:, None] * WIDTH + f[None, :]
+    where_kf = weight + k.to(tl.int64)[:, None] * WIDTH + f[None, :]
     factor = 1.0
     if NORM:
         d = tl.arange(0, BLOCK_D)
@@ -72,11 +72,12 @@ def _threshold_linear(
         up_kf = tl.load(where_kf + F, mask=kept_kf, other=0.0, eviction_policy="evict_first")
         up_sum_wf = tl.zeros([WAVE, BLOCK_F], tl.float32)
     for start in range(BLOCK_K, D + BLOCK_K, BLOCK_K):  # a piece ahead: what is read is on its way meanwhile
+        next_kf = where_kf + start.to(tl.int64) * WIDTH
         next_x_k, kept_k = _entries(x, gain, scale, threshold, start + k, factor, D)
         kept_kf = kept_k[:, None] & real_f[None, :]
-        next_w_kf = tl.load(where_kf + start * WIDTH, mask=kept_kf, other=0.0, eviction_policy="evict_first")
+        next_w_kf = tl.load(next_kf, mask=kept_kf, other=0.0, eviction_policy="evict_first")
         if GATED:
-            next_up_kf = tl.load(where_kf + start * WIDTH + F, mask=kept_kf, other=0.0, eviction_policy="evict_first")
+            next_up_kf = tl.load(next_kf + F, mask=kept_kf, other=0.0, eviction_policy="evict_first")
             up_sum_wf += _folded(x_k, up_kf, WAVE)
             up_kf = next_up_kf
         sum_wf += _folded(x_k, w_kf, WAVE)

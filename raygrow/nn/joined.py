@@ -2,7 +2,7 @@
 
 One token alone then is five kernels a Block, each of which reads its weights as fast as the memory gives them.
 
-Shapes: B batch, T tokens, N heads, K key-value heads, H head dim, D model or input, F hidden or output.
+Shapes: B batch, T tokens, N heads, K key-value heads, H head dim, R = B x T rows, D model or input, F hidden or output.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from raygrow.kernels.row_linear import Around, row_linear, rows_linear
 from raygrow.nn.attention import Attend, Attention, Rope
-from raygrow.nn.block import Block
-from raygrow.nn.mlp import SwigluMlp
-from raygrow.nn.moe import Moe
+from raygrow.nn.linear import constant
+from raygrow.nn.mlp import KINDS, fusible, readers
 from raygrow.nn.rack import Rack
 
 MakeLinear = Callable[..., Any]
@@ -37,22 +36,33 @@ class JoinedLinear(nn.Module):
         super().__init__()
         self.sizes = [projection.out_features for projection in projections]
         self.norm, self.gated = norm, gated
-        self.weight_FD = _constant(torch.cat([projection.weight.detach() for projection in projections]))
-        biased = projections[0].bias is not None
-        self.register_parameter(
-            "bias_F", _constant(torch.cat([p.bias.detach() for p in projections])) if biased else None
-        )
+        self.weight_FD = constant(_joined([projection.weight for projection in projections]))
+        self.register_parameter("bias_F", joined_bias(projections))
 
     def forward(self, x_BTD: Tensor, addend_BTF: Tensor | None = None) -> Tensor:
         """`(B, T, D)` to the outputs side by side, or what is gated, plus what is to be added."""
-        x_RD, addend_RF = x_BTD.flatten(0, 1), None if addend_BTF is None else addend_BTF.flatten(0, 1)
+        addend_RF = None if addend_BTF is None else addend_BTF.flatten(0, 1)
         around = Around(bias_F=self.bias_F, gated=self.gated, addend_RF=addend_RF)
-        if isinstance(self.norm, nn.RMSNorm) and self.norm.eps is not None:
-            around = around._replace(eps=self.norm.eps, gain_D=self.norm.weight)
-        elif self.norm is not None:
-            x_RD = self.norm(x_RD)
+        x_RD, around = with_norm(self.norm, x_BTD.flatten(0, 1), around)
         product = row_linear if len(x_RD) == 1 else rows_linear
         return product(x_RD, self.weight_FD, around).unflatten(0, x_BTD.shape[:2])
+
+
+def with_norm(norm: nn.Module | None, x_RD: Tensor, around: Around) -> tuple[Tensor, Around]:
+    """A norm as a part of what stands around a product if it is an RMS norm, or else its output."""
+    if isinstance(norm, nn.RMSNorm) and norm.eps is not None:
+        return x_RD, around._replace(eps=norm.eps, gain_D=norm.weight)
+    return x_RD if norm is None else norm(x_RD), around
+
+
+def joined_bias(projections: Sequence[nn.Linear]) -> nn.Parameter | None:
+    """The biases of all projections, if they have any."""
+    biases = [projection.bias for projection in projections if projection.bias is not None]
+    return constant(_joined(biases)) if biases else None
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 class JoinedAttention(nn.Module):
@@ -87,14 +97,24 @@ class JoinedMlp(nn.Module):
         return self.down(hidden_BTF, residual_BTD)
 
 
-class JoinedBlock(nn.Module):
-    """`Block`, with its projections joined; a mixture of experts stays as it is."""
+class WholeMlp(nn.Module):
+    """A norm, what is no plain MLP and stays as it is (a mixture of experts, say), and what both are added to."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, mlp: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        self.attention = JoinedAttention(block.attention, block.attention_norm, JoinedLinear)
-        self.mlp = _Experts(block) if isinstance(block.mlp, Moe) else JoinedMlp(block.mlp, block.mlp_norm, JoinedLinear)
-        self.adapter = block.adapter
+        self.norm, self.mlp = norm, mlp
+
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor) -> Tensor:
+        out = self.mlp(self.norm(x_BTD))
+        return residual_BTD + (out[0] if isinstance(out, tuple) else out)
+
+
+class JoinedBlock(nn.Module):
+    """`Block`, of parts that take the residual stream and give it back."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.mlp, self.adapter = attention, mlp, adapter
 
     def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend) -> tuple[Tensor, None, None]:
         """As `Block.forward`, without what training wants to know."""
@@ -102,19 +122,20 @@ class JoinedBlock(nn.Module):
         return self.mlp(x_BTD, self.adapter(x_BTD)), None, None
 
 
-class _Experts(nn.Module):
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.norm, self.moe = block.mlp_norm, block.mlp
-
-    def forward(self, x_BTD: Tensor, residual_BTD: Tensor) -> Tensor:
-        return residual_BTD + self.moe(self.norm(x_BTD))[0]
-
-
 def join(model: Rack) -> Rack:
-    """Joins the projections of all Blocks, in place and one Block at a time; the model no longer trains."""
-    replace_blocks(model, JoinedBlock)
+    """Joins the projections of all Blocks that are not joined yet, in place.
+
+    The names of weights change: such a model neither trains nor is saved.
+    """
+    replace_blocks(model, lambda block: block if isinstance(block, JoinedBlock) else _joined_block(block))
     return model
+
+
+def _joined_block(block: Any) -> JoinedBlock:
+    attention = JoinedAttention(block.attention, block.attention_norm, JoinedLinear)
+    plain = type(block.mlp) in KINDS.values()
+    mlp = JoinedMlp(block.mlp, block.mlp_norm, JoinedLinear) if plain else WholeMlp(block.mlp, block.mlp_norm)
+    return JoinedBlock(attention, mlp, block.adapter)
 
 
 def replace_blocks(model: Rack, make: Callable[[Any], nn.Module]) -> None:
@@ -125,17 +146,4 @@ def replace_blocks(model: Rack, make: Callable[[Any], nn.Module]) -> None:
             # the model's list and the Stack's both hold the Block, whose memory is to be free for the next one
             model.blocks[index] = stack.blocks[place] = make(stack.blocks[place])
             index += 1
-
-
-def readers(mlp: Any) -> list[Any]:
-    """The projections that read an MLP's input, in the order that its activation takes them."""
-    return [mlp.gate, mlp.up] if hasattr(mlp, "gate") else [mlp.up]
-
-
-def fusible(mlp: Any) -> bool:
-    """Whether the product's kernel can do the activation too: what reads the input is a SwiGLU without biases."""
-    return type(mlp) is SwigluMlp and mlp.up.bias is None
-
-
-def _constant(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=False)
+            torch.cuda.empty_cache()  # in pieces too small for the next ones; nothing where there is no CUDA

@@ -11,6 +11,11 @@ def linear(d_in: int, d_out: int, *, bias: bool = False) -> nn.Linear:
     return nn.Linear(d_in, d_out, bias=bias)
 
 
+def constant(value: Tensor) -> nn.Parameter:
+    """A weight that does not train."""
+    return nn.Parameter(value.detach(), requires_grad=False)
+
+
 class GroupedLinear(nn.Module):
     """A projection of every expert, stacked: weight `(E, d_out, d_in)`, bias `(E, d_out)`. `nn/init.py` fills them."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,3 +120,13 @@ def watched(mlp: nn.Module, x: Tensor, *offsets: Tensor) -> tuple[Tensor, Activi
     wide = torch.promote_types(hidden.dtype, torch.float32)
     activity = Activity(hidden.abs().mean(-1, dtype=wide), (hidden != 0).to(wide).mean(-1))
     return mlp.down(hidden, *offsets), activity
+
+
+def readers(mlp: Any) -> list[Any]:
+    """The projections that read an MLP's input, in the order that its activation takes them."""
+    return [mlp.gate, mlp.up] if hasattr(mlp, "gate") else [mlp.up]
+
+
+def fusible(mlp: Any) -> bool:
+    """Whether a product's kernel can do the activation too: what reads the input is a SwiGLU without biases."""
+    return type(mlp) is SwigluMlp and mlp.up.bias is None

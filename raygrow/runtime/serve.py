@@ -60,8 +60,9 @@ class Served:
         self.created = int(time.time())
         self.folder = folder.path
         self._llm = llm
-        # straight to the replica: through Ray's store of objects every piece would cost both sides twice as much
-        self._handle = handle.options(stream=True, _by_reference=False)
+        self._handle = handle.options(stream=True)
+        # straight to the replica: through Ray's store of objects every piece costs both sides twice as much
+        self._straight = handle.options(stream=True, _by_reference=False)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         """An answer in pieces. If its replica is lost, it ends with an error, or begins again if nothing has come yet.
@@ -69,17 +70,19 @@ class Served:
         Raises:
             Overloaded: If there is no room for another request, before the first piece.
         """
-        begun = False
+        # scores of a long prompt are too much for one message, of which the straight way has at most 4 MiB
+        handle = self._straight if request.sampling.prompt_logprobs is None else self._handle
+        begun = ended = False
         for last in (False, True):
-            response: Any = self._handle.generate.remote(request)
+            response: Any = handle.generate.remote(request)
             try:
                 async for delta in response:
-                    begun = True
+                    begun, ended = True, delta.finish_reason is not None
                     yield delta
                 return
             except (BackPressureError, DeploymentUnavailableError) as error:
                 raise Overloaded(retry_after=self._llm.deployment_config.retry_after_s) from error
-            except RayTaskError as error:
+            except RayTaskError as error:  # straight from a replica an error comes as it is
                 if isinstance(error.cause, ValueError):  # the engine's own words, without the way they came
                     wrong = PromptTooLong if isinstance(error.cause, PromptTooLong) else ValueError
                     raise wrong(str(error.cause)) from error
@@ -91,7 +94,8 @@ class Served:
                     yield Delta(id=request.id, finish_reason="error", error=reason)
                     return
             except (GeneratorExit, asyncio.CancelledError):
-                response.cancel()  # nobody reads on: the slot is free
+                if not ended:
+                    response.cancel()  # nobody reads on: the slot is free
                 raise
 
     async def check(self) -> None:

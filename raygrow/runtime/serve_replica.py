@@ -60,15 +60,18 @@ class Replica:
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta]:
         """An answer in pieces. Closing the iterator, as Serve does when the client has gone, frees its slot."""
-        self._answers += 1
+        begun = 0
         try:
             async with aclosing(self._loop.generate(request)) as deltas:
                 async for delta in deltas:
+                    if not begun:  # those that wait for a slot send nothing
+                        begun = 1
+                        self._answers += 1
                     yield delta
                     if delta.finish_reason is None:
                         await asyncio.sleep(self._answers / PIECES_PER_SECOND)
         finally:
-            self._answers -= 1
+            self._answers -= begun
 
     async def check_health(self) -> None:
         """Fails when the engine has died or is stuck. Then the process ends, and what waits for it is told.
@@ -92,8 +95,9 @@ class Replica:
     async def _report(self) -> None:
         while True:
             faulthandler.dump_traceback_later(HANGING_SECONDS, exit=True)  # by a thread that needs no Python
+            stats = self._loop.stats
             for name, gauge in self._gauges.items():
-                gauge.set(getattr(self._loop.stats, name))
+                gauge.set(getattr(stats, name))
             await asyncio.sleep(REPORT_SECONDS)
 
 

@@ -11,11 +11,8 @@ Shapes: B batch, T tokens, D model.
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-
-from raygrow.nn.attention import Attend, Rope
 from raygrow.nn.block import Block
-from raygrow.nn.joined import JoinedAttention, JoinedMlp, replace_blocks
+from raygrow.nn.joined import JoinedAttention, JoinedBlock, JoinedMlp, replace_blocks
 from raygrow.nn.moe import Moe
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.experts import SparseMoe
@@ -55,35 +52,29 @@ def install(model: Rack, method: Method, rows: SparseRows) -> dict[Place, Select
 
     Returns:
         The selectors of all inputs, which keep everything as yet.
+
+    Raises:
+        ValueError: If the model is sparse already.
     """
-    replace_blocks(model, partial(SparseBlock, rows=rows, weighted=method in WEIGHTED))
+    replace_blocks(model, partial(_sparse_block, rows=rows, weighted=method in WEIGHTED))
     selectors: dict[Place, Selector] = {}
     block: Any
     for index, block in enumerate(model.blocks):
         selectors[index, "attention"] = block.attention.qkv.selector
         selectors[index, "o"] = block.attention.o.selector
-        selectors[index, "mlp"], selectors[index, "down"] = block.selectors
+        mlp = block.mlp
+        of_mlp = mlp.selectors if isinstance(mlp, SparseMoe) else (mlp.up.selector, mlp.down.selector)
+        selectors[index, "mlp"], selectors[index, "down"] = of_mlp
     return selectors
 
 
-class SparseBlock(nn.Module):
-    """`Block`, sparse."""
-
-    def __init__(self, block: Any, *, rows: SparseRows, weighted: bool) -> None:
-        super().__init__()
-        if not isinstance(block, Block):
-            raise ValueError("this model is sparse already: load it again for another level")
-        make = partial(SparseLinear, rows=rows, weighted=weighted)
-        self.attention = JoinedAttention(block.attention, block.attention_norm, make)
-        if isinstance(block.mlp, Moe):
-            self.mlp = SparseMoe(block.mlp, block.mlp_norm, rows, weighted=weighted)
-            self.selectors = self.mlp.selectors
-        else:
-            self.mlp = JoinedMlp(block.mlp, block.mlp_norm, make)
-            self.selectors = self.mlp.up.selector, self.mlp.down.selector
-        self.adapter = block.adapter
-
-    def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend) -> tuple[Tensor, None, None]:
-        """As `Block.forward`, without what training wants to know."""
-        x_BTD = self.attention(x_BTD, rope, attend)
-        return self.mlp(x_BTD, self.adapter(x_BTD)), None, None
+def _sparse_block(block: Any, *, rows: SparseRows, weighted: bool) -> JoinedBlock:
+    if not isinstance(block, Block):
+        raise ValueError("this model is sparse or joined already: load it again")
+    make = partial(SparseLinear, rows=rows, weighted=weighted)
+    mlp = (
+        SparseMoe(block.mlp, block.mlp_norm, rows, weighted=weighted)
+        if isinstance(block.mlp, Moe)
+        else JoinedMlp(block.mlp, block.mlp_norm, make)
+    )
+    return JoinedBlock(JoinedAttention(block.attention, block.attention_norm, make), mlp, block.adapter)

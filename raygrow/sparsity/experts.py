@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from raygrow.kernels.grouped_mm import grouped_mm
 from raygrow.kernels.sparse_linear import Selection, select, sparse_expert_linear
-from raygrow.nn.joined import fusible, readers
+from raygrow.nn.linear import constant
+from raygrow.nn.mlp import fusible, readers
 from raygrow.nn.moe import Moe
 from raygrow.sparsity.linear import SparseRows, only_kept, selected
 from raygrow.sparsity.methods import Selector, column_norms
@@ -38,10 +39,10 @@ class SparseMoe(nn.Module):
         del moe.experts  # there is no room for two copies
         self.activate, self.gated, reading = experts.activate, fusible(experts), readers(experts)
         self.parts = len(reading)
-        self.up_EDG = _constant(torch.cat([p.weight.detach() for p in reading], 1).transpose(1, 2).contiguous())
-        self.down_EFD = _constant(experts.down.weight.detach().transpose(1, 2).contiguous())
+        self.up_EDG = constant(torch.cat([p.weight.detach() for p in reading], 1).transpose(1, 2).contiguous())
+        self.down_EFD = constant(experts.down.weight.detach().transpose(1, 2).contiguous())
         biased = experts.up.bias is not None
-        self.up_bias_EG = _constant(torch.cat([p.bias.detach() for p in reading], 1)) if biased else None
+        self.up_bias_EG = constant(torch.cat([p.bias.detach() for p in reading], 1)) if biased else None
         self.down_bias_ED = experts.down.bias
         # an entry of the input is one thing for all experts; hidden units of theirs have nothing to do with each other
         of_x = Selector(
@@ -93,7 +94,3 @@ class SparseMoe(nn.Module):
     def _scale(self, expert_S: Tensor) -> Tensor | None:
         """What the scores of each slot's hidden units are weighted by, `(S, F)`."""
         return None if self.scale_EF is None else self.scale_EF[expert_S]
-
-
-def _constant(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from raygrow.kernels.row_linear import Around
 from raygrow.kernels.sparse_linear import Selection, masked_linear, norm_masked, norm_select, select, sparse_linear
 from raygrow.kernels.threshold_linear import threshold_linear
+from raygrow.nn.joined import joined_bias, with_norm
+from raygrow.nn.linear import constant
 from raygrow.sparsity.methods import Selector, column_norms
 
 
@@ -61,11 +63,8 @@ class SparseLinear(nn.Module):
         self.sizes = [projection.out_features for projection in projections]
         self.rows, self.norm, self.gated = rows, norm, gated
         weight_DF = torch.cat([projection.weight.detach() for projection in projections]).T.contiguous()
-        self.weight_DF = nn.Parameter(weight_DF, requires_grad=False)
-        bias_F = None
-        if projections[0].bias is not None:
-            bias_F = nn.Parameter(torch.cat([p.bias.detach() for p in projections]), requires_grad=False)
-        self.register_parameter("bias_F", bias_F)
+        self.weight_DF = constant(weight_DF)
+        self.register_parameter("bias_F", joined_bias(projections))
         self.selector = Selector(len(weight_DF), column_norms(weight_DF) if weighted else None)
 
     def forward(self, x_BTD: Tensor, addend_BTF: Tensor | None = None) -> Tensor:
@@ -87,10 +86,7 @@ class SparseLinear(nn.Module):
             kept = selected(x_1D, self.selector, self.norm)
             return sparse_linear(kept, self.weight_DF, self.bias_F, addend_RF=addend_1F, gated=self.gated)
         around = Around(bias_F=self.bias_F, gated=self.gated, addend_RF=addend_1F)
-        if isinstance(self.norm, nn.RMSNorm) and self.norm.eps is not None:
-            around = around._replace(eps=self.norm.eps, gain_D=self.norm.weight)
-        elif self.norm is not None:
-            x_1D = self.norm(x_1D)
+        x_1D, around = with_norm(self.norm, x_1D, around)
         return threshold_linear(x_1D, self.weight_DF, threshold, scale_D, around)
 
 

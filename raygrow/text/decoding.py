@@ -82,8 +82,9 @@ class IncrementalDecoder:
             uncertain: Characters at the end of the text that have not been given out.
         """
         if len(self._window) > LONGEST_WINDOW:
-            self._window = self._window[-LONGEST_WINDOW // 2 :]
-            self._whole, self._given = 0, len(self._tokenizer.decode(self._window)) - uncertain
+            cut = len(self._window) - LONGEST_WINDOW // 2
+            self._window, self._whole = self._window[cut:], max(0, self._whole - cut)
+            self._given = len(self._tokenizer.decode(self._window)) - uncertain
 
 
 class StopFinder:

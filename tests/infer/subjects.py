@@ -22,6 +22,7 @@ SHAPES = {
     "llama gqa tied": {"n_kv_heads": 2, "tie_embeddings": True},
     "mixtral gqa": {"n_kv_heads": 2, "n_experts": 4, "top_k": 2},
     "mixtral mha tied": {"n_experts": 3, "top_k": 2, "tie_embeddings": True},
+    "qwen3 gqa": {"n_kv_heads": 2, "qk_norm": True},
 }
 MAX_TOKENS = 96
 

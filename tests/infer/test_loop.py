@@ -44,6 +44,22 @@ def test_many_streams_get_their_own_tokens(quick: Subject):
     assert all({delta.id for delta in deltas} == {str(i)} for i, deltas in enumerate(found))
 
 
+def test_a_slow_reader_gets_fewer_and_larger_pieces(quick: Subject):
+    async def main() -> list[Delta]:
+        loop, found = EngineLoop(quick.engine()), []
+        async with aclosing(loop.generate(request("slow", [1, 2], max_tokens=60, ignore_eos=True))) as stream:
+            async for delta in stream:
+                found.append(delta)
+                await until(lambda: loop.stats.running == 0)
+        await loop.close()
+        return found
+
+    found = asyncio.run(main())
+    assert len(found) == 2
+    assert len(tokens_of(found)) == 60
+    assert found[-1].finish_reason == "length"
+
+
 def test_a_stream_that_is_closed_frees_its_slot(quick: Subject):
     async def main() -> None:
         loop = EngineLoop(quick.engine())

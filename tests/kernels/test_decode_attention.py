@@ -159,6 +159,19 @@ class TestKernel:
         for _ in range(2):  # the second time with tickets that the first has given back
             check(decode_attention(*case), case, expected, tolerance)
 
+    def test_keys_and_values_may_lie_apart(self) -> None:
+        """As where keys have a norm of their own, and values are a part of one projection."""
+        case = random_case(16, 4, 64, [5, 300, 1, 64], dtype=torch.bfloat16)
+        expected, case = reference(case), on_gpu(case)
+        case = case._replace(k_RKH=case.k_RKH.contiguous())
+        assert case.k_RKH.stride() != case.v_RKH.stride()
+        check(decode_attention(*case), case, expected, 1e-2)
+
+    def test_many_parts(self) -> None:
+        case = random_case(1, 1, 16, [9000], dtype=torch.bfloat16)
+        expected, case = reference(case), on_gpu(case)
+        check(decode_attention(*case), case, expected, 1e-2)
+
     def test_a_row_does_not_depend_on_what_those_beside_it_hold(self) -> None:
         def fresh() -> Case:  # each stores into its cache
             return on_gpu(random_case(16, 4, 64, [5, 3000, 1, 64], dtype=torch.bfloat16))

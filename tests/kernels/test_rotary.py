@@ -23,7 +23,7 @@ def test_turning_keeps_lengths_and_knows_only_distances() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(1, 1, 4), (7, 3, 80), (300, 32, 128), (5, 20, 64)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel_is_torch(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     wide_TNH = torch.randn(shape[0], 2 * shape[1], shape[2], device="cuda").to(dtype)
     x_TNH = wide_TNH[:, : shape[1]]

@@ -11,7 +11,7 @@ from raygrow.kernels.row_linear import Around, row_linear
 
 SIZES = [(64, 48), (96, 1), (1000, 300), (2048, 2048), (4096, 9000)]
 """Input and output."""
-AROUND = ["nothing", "norm", "norm and gain", "gated", "addend", "bias", "norm, gated, addend"]
+AROUND = ["nothing", "norm", "norm and gain", "gated", "addend", "bias", "norm and bias", "norm, gated, addend"]
 
 
 def case(size: tuple[int, int], around: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Around]:

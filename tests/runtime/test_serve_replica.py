@@ -1,4 +1,4 @@
-"""One replica by itself: how it gathers pieces, ends when its engine does, and what its load asks for."""
+"""One replica by itself: how it ends when its engine does, and what its load asks for; and pieces put together."""
 
 import re
 import textwrap
@@ -9,8 +9,7 @@ import pytest
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from raygrow.data.corpus import FilesCorpus
-from raygrow.infer.request import Delta
-from raygrow.runtime.openai.answering import merged
+from raygrow.infer.request import Delta, merged
 from raygrow.runtime.serve_replica import engine_load
 from tests.processes import run_script
 from tests.runtime.serving import random_model

@@ -199,7 +199,7 @@ def test_a_sparse_model_has_one_copy_of_its_weights():
         assert sum(parameter.numel() for parameter in model.parameters()) == expected
         for stack in model.stacks:
             assert all(block in list(model.blocks) for block in stack.blocks)
-        with pytest.raises(ValueError, match="sparse already"):
+        with pytest.raises(ValueError, match="sparse or joined already"):
             install(model, "topk", SparseRows())
 
 
