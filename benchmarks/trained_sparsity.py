@@ -43,7 +43,7 @@ from raygrow.infer.engine import Engine
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.device import choose_device
 from raygrow.nn.rack import Rack
-from raygrow.sparsity.sparsify import SparsifyConfig
+from raygrow.sparsity.config import SparsifyConfig
 from raygrow.sparsity.zeros import skip_zeros
 from raygrow.text.tokenizer import load_tokenizer
 from raygrow.weights.folder import load_model

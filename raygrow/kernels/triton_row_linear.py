@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from raygrow.kernels.row_linear import Around
+from raygrow.kernels.triton_epilogue import finish, gate
 
 
 class Tiling(NamedTuple):
@@ -72,12 +73,8 @@ def _row_linear(
     factor = tl.rsqrt(tl.sum(squares_d, 0) / D + eps) if NORM else 1.0
     y_f = tl.sum(sum_fp, 1) * factor
     if GATED:
-        y_f = y_f / (1.0 + tl.exp(-y_f)) * (tl.sum(up_sum_fp, 1) * factor)
-    if bias is not None:
-        y_f += tl.load(bias + f, mask=real_f, other=0.0).to(tl.float32)
-    if addend is not None:
-        y_f += tl.load(addend + f, mask=real_f, other=0.0).to(tl.float32)
-    tl.store(out + f, y_f.to(out.dtype.element_ty), mask=real_f)
+        y_f = gate(y_f, tl.sum(up_sum_fp, 1) * factor)
+    finish(y_f, bias, addend, out, f, f, real_f)
 
 
 def row_linear_triton(x_1D: Tensor, weight_FD: Tensor, around: Around, tiling: Tiling | None = None) -> Tensor:

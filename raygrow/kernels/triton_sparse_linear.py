@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from raygrow.kernels.triton_epilogue import finish, gate
 from raygrow.kernels.triton_launch import overlapping, overlaps, tickets_of
 
 
@@ -34,15 +35,6 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
-def _finish(y, bias, addend, out, where, features, real):
-    if bias is not None:
-        y += tl.load(bias + features, mask=real, other=0.0).to(tl.float32)
-    if addend is not None:
-        y += tl.load(addend + where, mask=real, other=0.0).to(tl.float32)
-    tl.store(out + where, y.to(out.dtype.element_ty), mask=real)
-
-
-@triton.jit
 def _sum_parts(place, parts, part_stride, f, real_f):
     """The sum over a tile's parts, past the cache of this processor, which does not see what others write."""
     s = tl.arange(0, 16)
@@ -52,11 +44,6 @@ def _sum_parts(place, parts, part_stride, f, real_f):
         where_sf = place + (first + s)[:, None] * part_stride + f[None, :]
         sum_sf += tl.load(where_sf, mask=real_sf, other=0.0, cache_modifier=".cg")
     return tl.sum(sum_sf, 0)
-
-
-@triton.jit
-def _gated(gate_f, up_f):
-    return gate_f / (1.0 + tl.exp(-gate_f)) * up_f
 
 
 @triton.jit(do_not_specialize=["keep"])
@@ -100,8 +87,8 @@ def _row_products(
         up_f = tl.sum(up_sum_kf, 0)
     if not SPLIT:
         if GATED:
-            y_f = _gated(y_f, up_f)
-        _finish(y_f, bias, addend, out, row * F + f, f, real_f)
+            y_f = gate(y_f, up_f)
+        finish(y_f, bias, addend, out, row * F + f, f, real_f)
     else:
         place = partial + row * parts * WIDTH
         tl.store(place + part * WIDTH + f, y_f, mask=real_f)
@@ -112,8 +99,8 @@ def _row_products(
         if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
             y_f = _sum_parts(place, parts, WIDTH, f, real_f)
             if GATED:
-                y_f = _gated(y_f, _sum_parts(place + F, parts, WIDTH, f, real_f))
-            _finish(y_f, bias, addend, out, row * F + f, f, real_f)
+                y_f = gate(y_f, _sum_parts(place + F, parts, WIDTH, f, real_f))
+            finish(y_f, bias, addend, out, row * F + f, f, real_f)
             tl.store(ticket, 0)  # for the next launch
 
 
@@ -152,8 +139,8 @@ def _union_products(
     out_rf = r[:, None] * F + features_rf
     if not SPLIT:
         if GATED:
-            sum_rf = _gated(sum_rf, up_sum_rf)
-        _finish(sum_rf, bias, addend, out, out_rf, features_rf, real_rf)
+            sum_rf = gate(sum_rf, up_sum_rf)
+        finish(sum_rf, bias, addend, out, out_rf, features_rf, real_rf)
     else:
         place_rf = partial + r[:, None] * parts * WIDTH + features_rf
         tl.store(place_rf + part * WIDTH, sum_rf, mask=real_rf)
@@ -168,8 +155,8 @@ def _union_products(
                 if GATED:
                     up_sum_rf += tl.load(place_rf + s * WIDTH + F, mask=real_rf, other=0.0, cache_modifier=".cg")
             if GATED:
-                sum_rf = _gated(sum_rf, up_sum_rf)
-            _finish(sum_rf, bias, addend, out, out_rf, features_rf, real_rf)
+                sum_rf = gate(sum_rf, up_sum_rf)
+            finish(sum_rf, bias, addend, out, out_rf, features_rf, real_rf)
             tl.store(tickets + tile, 0)
 
 

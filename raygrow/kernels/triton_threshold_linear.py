@@ -7,24 +7,14 @@ for or listed before the weight is read.
 Shapes: D input, F output, K entries at a time.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from raygrow.kernels.row_linear import Around
-
-
-class Tiling(NamedTuple):
-    """How a product is cut up."""
-
-    entries: int
-    """Of the row, at a time."""
-    features: int
-    """Of a program; gated, of each half."""
-    warps: int
+from raygrow.kernels.triton_epilogue import finish, gate
+from raygrow.kernels.triton_row_linear import Tiling
 
 
 @triton.jit
@@ -72,7 +62,7 @@ def _threshold_linear(
         up_kf = tl.load(where_kf + F, mask=kept_kf, other=0.0, eviction_policy="evict_first")
         up_sum_wf = tl.zeros([WAVE, BLOCK_F], tl.float32)
     for start in range(BLOCK_K, D + BLOCK_K, BLOCK_K):  # a piece ahead: what is read is on its way meanwhile
-        next_kf = where_kf + start.to(tl.int64) * WIDTH
+        next_kf = weight + (start + k).to(tl.int64)[:, None] * WIDTH + f[None, :]
         next_x_k, kept_k = _entries(x, gain, scale, threshold, start + k, factor, D)
         kept_kf = kept_k[:, None] & real_f[None, :]
         next_w_kf = tl.load(next_kf, mask=kept_kf, other=0.0, eviction_policy="evict_first")
@@ -85,12 +75,8 @@ def _threshold_linear(
 
     y_f = tl.sum(sum_wf, 0) * factor
     if GATED:
-        y_f = y_f / (1.0 + tl.exp(-y_f)) * (tl.sum(up_sum_wf, 0) * factor)
-    if bias is not None:
-        y_f += tl.load(bias + f, mask=real_f, other=0.0).to(tl.float32)
-    if addend is not None:
-        y_f += tl.load(addend + f, mask=real_f, other=0.0).to(tl.float32)
-    tl.store(out + f, y_f.to(out.dtype.element_ty), mask=real_f)
+        y_f = gate(y_f, tl.sum(up_sum_wf, 0) * factor)
+    finish(y_f, bias, addend, out, f, f, real_f)
 
 
 def threshold_linear_triton(
@@ -121,5 +107,5 @@ def threshold_linear_triton(
 def tiling_of(features: int, *, gated: bool) -> Tiling:
     """What keeps most bytes on their way."""
     if gated:
-        return Tiling(128, 32, 4)
-    return Tiling(1024, 32, 16) if features <= 4096 else Tiling(256, 32, 4)
+        return Tiling(32, 128, 4)
+    return Tiling(32, 1024, 16) if features <= 4096 else Tiling(32, 256, 4)
