@@ -10,7 +10,6 @@ sorted by expert, D model, E experts.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raygrow.nn.config import ModelConfig
@@ -127,6 +126,19 @@ def sorted_slots(experts_NK: Tensor) -> tuple[Tensor, Tensor]:
     return order_S, torch.empty_like(order_S).scatter(0, order_S, places_S).view_as(experts_NK)
 
 
+# an operator of its own: compiled, an indexed sum is fused with the backward pass of the norm before it, and that
+# kernel reads back what it stores without a barrier (pytorch/pytorch#190517): gradients are garbage
+@torch.library.custom_op("raygrow::sum_slots", mutates_args=())
+def sum_slots(y_SD: Tensor, slots_NK: Tensor) -> Tensor:
+    """The sum of each token's slots, `(N, D)`."""
+    return y_SD[slots_NK].sum(1)
+
+
+@sum_slots.register_fake
+def _(y_SD: Tensor, slots_NK: Tensor) -> Tensor:
+    return y_SD.new_empty(len(slots_NK), y_SD.shape[1])
+
+
 class _Dispatch(torch.autograd.Function):
     """Brings tokens to their slots. Autograd's own gradient of a gather adds atomically; each token's slots are known,
     so it can be a gather too.
@@ -140,9 +152,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad_SD,), (slots_NK,) = grads, ctx.saved_tensors
-        # one kernel of torch's own: compiled, an indexed sum is fused with the backward pass of the norm before it, and
-        # that kernel reads back what it stores without a barrier (pytorch/pytorch#190517): gradients are garbage
-        return F.embedding_bag(slots_NK, grad_SD, mode="sum"), None, None
+        return sum_slots(grad_SD, slots_NK), None, None
 
 
 class _Combine(torch.autograd.Function):
