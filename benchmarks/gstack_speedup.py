@@ -1,20 +1,20 @@
 """How much compute does stacking save? 12 blocks of d 512 on Python source, grown by Gstack and from scratch.
 
     python benchmarks/gstack_speedup.py search                 tunes both arms at 60M tokens' worth of FLOPs
-    python benchmarks/gstack_speedup.py final                  three seeds at 200M and 300M, with what it has found
-    python benchmarks/gstack_speedup.py growth                 one of the searches
+    python benchmarks/gstack_speedup.py final                  three seeds at up to 300M, with what it has found
+    python benchmarks/gstack_speedup.py growth                 one of the searches, or of the final runs
     python benchmarks/gstack_speedup.py search final --smoke   tiny, also on a CPU: does it all work?
 
 Speedup is FLOPs_scratch / FLOPs_grown - 1 at equal validation loss (arXiv 2405.15319), base and LM head counted, read
-in two ways: (a) undecayed, as the paper does: both arms at a constant learning rate, at the loss that scratch ends at;
-(b) decayed: both arms at the ends of several budgets, each with its learning rate decayed over the last 20 %.
+in two ways: (a) undecayed, as the paper does: both arms at a constant learning rate, at the lowest loss that both came
+down to; (b) decayed: both arms at the ends of several budgets, each with its learning rate decayed over the last 20 %.
 
 The search: the control's learning rate, batch and warmup on grids; when, by how much and at which rates to grow, by
 Optuna and stopped early where they lag; growth in two steps, and in width and then depth, on grids. The final runs,
-on seeds that the search has not used: the winner, the control, growth when the published formula says, and stacking a
-random base (d = 0).
-Cost: 60M tokens of the target take about 70 s of an H200. The search has about 50 trials of so many, most of them
-stopped early or sharing their trunk, 35 minutes in all; the final runs take 65.
+on seeds that the search has not used: the winner and the control at large budgets, and at the search's own the winner
+beside growth when the published formula says, and beside stacking a random base (d = 0).
+Cost: 60M tokens of the target take about 60 s of an H200. The search has about 50 trials of so many, most of them
+stopped early or sharing their trunk, 35 minutes in all; the final runs take 40.
 """
 
 import argparse
@@ -36,49 +36,49 @@ from raygrow.report.search import Contest, Setting, load_search
 from raygrow.report.search_savings import decayed_speedup, speedup
 
 PLOT = Path(__file__).with_suffix(".png")
-COLORS = {"from scratch": "#e27a00", "grown": "#3d7ff0"}
+COLORS = {"grown": "#3d7ff0", "from scratch": "#e27a00"}
 DECAY, DECAY_KEY = 0.2, "train.schedule.decay"
 
 GSTACK = ["plan=gstack"]
-AGAIN = "plan.phases.again.growth"
-TWICE = [*GSTACK, "plan.phases.stacked.growth.factor=2", f"{AGAIN}.operator=gstack", f"{AGAIN}.factor=2"]
-WIDE = [
-    *GSTACK,
-    *("plan.phases.stacked.growth.operator=width", "plan.phases.stacked.growth.factor=2"),
-    *("plan.phases.stacked.growth.noise_snr_db=10", f"{AGAIN}.operator=gstack", f"{AGAIN}.factor=4"),
-]
-SEARCHES = {"scratch": ["plan=scratch"], "warmup": ["plan=scratch"], "growth": GSTACK, "twice": TWICE, "wide": WIDE}
+SCRATCH = ["plan=scratch"]
+BASE, STACKED, AGAIN = "plan.phases.base", "plan.phases.stacked", "plan.phases.again"
+TWICE = [*GSTACK, f"{BASE}.lr=2e-3", f"{STACKED}.lr=2e-3", f"{STACKED}.growth.factor=2"]
+TWICE += [f"{AGAIN}.growth.operator=gstack", f"{AGAIN}.growth.factor=2"]
+WIDE = [*GSTACK, f"{BASE}.lr=2e-3", f"{STACKED}.lr=2e-3", f"{STACKED}.growth.operator=width"]
+WIDE += [f"{STACKED}.growth.factor=2", f"{STACKED}.growth.noise_snr_db=10"]
+WIDE += [f"{AGAIN}.growth.operator=gstack", f"{AGAIN}.growth.factor=4"]
+SEARCHES = {"scratch": SCRATCH, "warmup": SCRATCH, "growth": GSTACK, "twice": TWICE, "wide": WIDE}
 """Each a space of the same name in `spaces/`."""
 
-NO_SHARE = "plan.phases.base.share=null"
-SCRATCH = ["plan=scratch"]
-GROWN = [*GSTACK, NO_SHARE, "plan.phases.base.tokens=80e6", "plan.phases.stacked.growth.factor=4"]
-RANDOM = [
-    *(
-        *GSTACK,
-        NO_SHARE,
-        "plan.phases.base.steps=1",
-        "plan.phases.base.lr=1e-12",
-        "plan.phases.stacked.growth.factor=4",
-    ),
-    "space.space={plan.tokens:{grid:[300e6]},train.schedule.decay:{grid:[0.0,0.2]},seed:{grid:[1]}}",
-]
-FORMULA = [
-    *(*GSTACK, "plan.phases.stacked.growth.factor=4"),
-    *("space.formula=true", "space.search=optuna", "space.samples=0"),
-    "space.space={plan.tokens:{grid:[300e6]},train.schedule.decay:{grid:[0.0,0.2]},seed:{grid:[1]}}",
-]
-FINALS = {"final-scratch": SCRATCH, "final-grown": GROWN, "final-formula": FORMULA, "final-random": RANDOM}
-"""What the search has found best for each arm; the space is `budgets` where no other is given."""
-SMOKE_SPACE = "space.space={plan.tokens:{grid:[30e3,40e3]},train.schedule.decay:{grid:[0.0,0.2]},seed:{grid:[0,1]}}"
-SMOKE_FINALS = {name: [*plan, SMOKE_SPACE] for name, plan in FINALS.items()}
-SMOKE_FINALS["final-grown"].append("plan.phases.base.tokens=10e3")
+
+def tokens_and_seeds(tokens: str, decays: str, seeds: str) -> str:
+    """A space of budgets."""
+    return f"space.space={{plan.tokens:{{grid:[{tokens}]}},{DECAY_KEY}:{{grid:[{decays}]}},seed:{{grid:[{seeds}]}}}}"
+
+
+FOUND = [*GSTACK, f"{STACKED}.growth.factor=4", f"{BASE}.lr=2e-3", f"{STACKED}.lr=6e-4"]
+"""What the search has found best; the base's share falls with the budget."""
+AT_LENGTH = ["train.evaluate_every=250"]
+AT_THE_SEARCH = tokens_and_seeds("60e6", "0.2", "1")
+FINALS = {
+    "final-scratch": [*SCRATCH, *AT_LENGTH, "train.optimizer.lr=6e-4"],
+    "final-grown": [*FOUND, *AT_LENGTH, f"{BASE}.share=null", f"{BASE}.tokens=54e6"],
+    "unseen-grown": [*FOUND, f"{BASE}.share=0.1", AT_THE_SEARCH],
+    "unseen-formula": [*FOUND, "space.formula=true", "space.search=optuna", "space.samples=0", AT_THE_SEARCH],
+    "unseen-random": [*FOUND, f"{BASE}.share=null", f"{BASE}.steps=1", f"{BASE}.lr=1e-12", AT_THE_SEARCH],
+}
+FINALS["final-scratch"].append(tokens_and_seeds("60e6,200e6,300e6", "0.0,0.2", "1,2,3"))
+FINALS["final-grown"].append(tokens_and_seeds("160e6,240e6", "0.0,0.2", "1,2,3"))
+"""The grown arm needs less: its runs end where the control's loss is about reached."""
+SMOKE_SPACE = tokens_and_seeds("30e3,40e3", "0.0,0.2", "0,1")
+SMOKE_FINALS = {name: [*plan, SMOKE_SPACE, "train.evaluate_every=10"] for name, plan in FINALS.items()}
+SMOKE_FINALS["final-grown"].append(f"{BASE}.tokens=10e3")
 
 
 def main() -> None:
     """Runs the stages asked for, or what is left of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ["search", "final", *SEARCHES]
+    stages = ["search", "final", *SEARCHES, *FINALS]
     parser.add_argument("stages", nargs="+", choices=stages, metavar="STAGE", help=", ".join(stages))
     parser.add_argument("--per-gpu", type=int, default=1, help="trials that share a GPU; seconds compare at 1 only")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "growth_search")
@@ -90,9 +90,10 @@ def main() -> None:
         if {name, "search"} & {*arguments.stages}:
             budget = ["plan.tokens=40e3", "space.samples=4"] if arguments.smoke else ["plan.tokens=60e6"]
             print_best(bench.search(name, name, *plan, *budget))
+    plans = SMOKE_FINALS if arguments.smoke else FINALS
+    wanted = plans if "final" in arguments.stages else {*arguments.stages}
+    folders = {name: bench.search(name, "budgets", *plan) for name, plan in plans.items() if name in wanted}
     if "final" in arguments.stages:
-        plans = SMOKE_FINALS if arguments.smoke else FINALS
-        folders = {name: bench.search(name, "budgets", *plan) for name, plan in plans.items()}
         report_finals(folders, bench, smoke=arguments.smoke)
 
 
@@ -110,10 +111,10 @@ def report_finals(folders: dict[str, Path], bench: Bench, *, smoke: bool) -> Non
     both = load_search([folders["final-scratch"], folders["final-grown"]])
     constant, decayed = ([with_decay(contest, decay) for contest in both.contests] for decay in (0.0, DECAY))
     rows = [row(contest, setting) for contest in (*constant, *decayed) for setting in contest.settings]
-    for arm in ("formula", "random"):
-        contests = load_search([folders[f"final-{arm}"]]).contests
+    for arm in ("grown", "formula", "random"):
+        contests = load_search([folders[f"unseen-{arm}"]]).contests
         rows += [row(contest, setting) | {"arm": arm} for contest in contests for setting in contest.settings]
-    readings = [undecayed_reading(contest) for contest in constant]
+    readings = [undecayed_reading(constant)]
     readings.append({"reading": "decayed", "speedup": percents(decayed_speedup(decayed))})
     print_tables(rows, readings)
     draw(constant, decayed, bench.folder / PLOT.name if smoke else PLOT)
@@ -140,18 +141,17 @@ def row(contest: Contest, setting: Setting) -> dict[str, Any]:
     }
 
 
-def undecayed_reading(contest: Contest) -> dict[str, Any]:
-    """Speedup at a constant learning rate, at the loss that scratch comes down to, in FLOPs and in seconds."""
-    best, control = contest.best, contest.control
-    assert best, "a grown arm has finished"
-    assert control, "one from scratch has finished"
-    in_flops, in_seconds = (speedup(best, control, of=of) for of in (lambda c: c.reached, lambda c: c.reached_seconds))
-    return {
-        "reading": "undecayed",
-        "flops": contest.flops,
-        "speedup": percents(in_flops),
-        "in seconds": percents(in_seconds),
-    }
+def undecayed_reading(constant: list[Contest]) -> dict[str, Any]:
+    """Speedup of each arm's longest runs at a constant learning rate, in FLOPs and in seconds."""
+    grown, scratch = longest(constant)
+    in_flops, in_seconds = (speedup(grown, scratch, of=of) for of in (lambda c: c.reached, lambda c: c.reached_seconds))
+    return {"reading": "undecayed", "speedup": percents(in_flops), "in seconds": percents(in_seconds)}
+
+
+def longest(constant: list[Contest]) -> tuple[Setting, Setting]:
+    """The grown arm and the control at the largest budget that each has."""
+    grown, scratch = [c.best for c in constant if c.best], [c.control for c in constant if c.control]
+    return max(grown, key=lambda s: s.flops), max(scratch, key=lambda s: s.flops)
 
 
 def print_tables(rows: list[dict[str, Any]], readings: list[dict[str, Any]]) -> None:
@@ -163,20 +163,19 @@ def print_tables(rows: list[dict[str, Any]], readings: list[dict[str, Any]]) -> 
         arm = f"{line['arm']:<13}{line['flops']:>10.2e}{line['decay']:>7}{share:>7}"
         print(f"{arm}{interval(estimate(losses)):>18}  {' '.join(f'{loss:.4f}' for loss in losses)}")
     for reading in readings:
-        print(", ".join(f"{key} {value:.3g}" if key == "flops" else f"{key} {value}" for key, value in reading.items()))
+        print(", ".join(f"{key} {value}" for key, value in reading.items()))
 
 
 def draw(constant: list[Contest], decayed: list[Contest], file: Path) -> None:
     """Validation loss against FLOPs: every seed's curve at a constant rate, and the decayed ends of the budgets."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-        for arm, color in COLORS.items():
-            longest = next(s for s in constant[-1].settings if s.is_control == (arm == "from scratch"))
-            for trial in longest.finished.values():
+        for (arm, color), setting in zip(COLORS.items(), longest(constant), strict=True):
+            for trial in setting.finished.values():
                 assert trial.run, "a finished trial has a run folder"
-                label = f"{arm}, constant rate, each seed" if trial is next(iter(longest.finished.values())) else None
+                label = f"{arm}, constant rate, each seed" if trial is next(iter(setting.finished.values())) else None
                 axes.plot(*trial.run.columns("flops", "val_loss"), color=color, linewidth=0.8, alpha=0.7, label=label)
-            settings = [(c.flops, s) for c in decayed for s in c.settings if s.is_control == longest.is_control]
+            settings = [(c.flops, s) for c in decayed for s in c.settings if s.is_control == setting.is_control]
             losses = [(flops, loss.mean) for flops, s in settings if (loss := s.loss)]
             axes.plot(
                 *zip(*losses, strict=True),

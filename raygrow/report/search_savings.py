@@ -33,17 +33,16 @@ def speedup(setting: Setting, control: Setting, *, of: Callable[[Comparison], Cr
 def decayed_speedup(contests: Sequence[Contest]) -> Estimate | None:
     """Speedup between runs that are each at the end of their own budget, learning rate decayed.
 
-    Takes the best setting and the control of every budget; needs two budgets. Straight lines between budgets lie above
-    a loss curve's bend, which makes the speedup rather smaller than larger.
+    Takes the best setting and the control of every budget, each where there is one; needs two budgets of both. Straight
+    lines between budgets lie above a loss curve's bend, which makes the speedup rather smaller than larger.
     """
-    both = [(c.best, c.control) for c in contests]
-    found = [(best, control) for best, control in both if best and control]
-    if len(found) < 2:
+    arms = [[c.best for c in contests if c.best], [c.control for c in contests if c.control]]
+    if min(map(len, arms)) < 2:
         return None
-    seeds = set.intersection(*(set(setting.finished) for pair in found for setting in pair))
+    seeds = set.intersection(*(set(setting.finished) for arm in arms for setting in arm))
     speedups = []
     for seed in sorted(seeds, key=str):
-        grown, scratch = (_ends([pair[arm].finished[seed] for pair in found]) for arm in (0, 1))
+        grown, scratch = (_ends([setting.finished[seed] for setting in arm]) for arm in arms)
         speedups.append(crossing(grown, scratch, max(grown.lowest, scratch.lowest)).speedup)
     return estimate(value for value in speedups if value is not None)
 
