@@ -121,7 +121,7 @@ def sparse_linear(
         from raygrow.kernels.triton_sparse_linear import sparse_linear_triton
 
         return sparse_linear_triton(*selection, weight_DF, bias_F=bias_F, addend_RF=addend_RF, gated=gated)
-    return _finish(sparse_linear_torch(*selection, weight_DF), bias_F, addend_RF, gated)
+    return finished(sparse_linear_torch(*selection, weight_DF), bias_F, addend_RF, gated)
 
 
 def sparse_expert_linear(
@@ -144,7 +144,7 @@ def sparse_expert_linear(
     # the experts' rows are one long list of rows
     index_RK = selection.index_RK + expert_R[:, None].to(torch.int32) * weight_EDF.shape[1]
     out_RF = sparse_linear_torch(index_RK, selection.value_RK, weight_EDF.flatten(0, 1))
-    return _finish(out_RF, None if bias_EF is None else bias_EF[expert_R], None, gated)
+    return finished(out_RF, None if bias_EF is None else bias_EF[expert_R], None, gated)
 
 
 def masked_linear(
@@ -173,7 +173,7 @@ def masked_linear(
         return masked_linear_triton(x_RD, weight_DF, bias_F=bias_F, addend_RF=addend_RF, gated=gated)
     # a look at what is zero would wait for a device
     product = masked_linear_torch if few and weight_DF.is_cpu else torch.matmul
-    return _finish(product(x_RD, weight_DF), bias_F, addend_RF, gated)
+    return finished(product(x_RD, weight_DF), bias_F, addend_RF, gated)
 
 
 def scatter(selection: Selection, size: int) -> Tensor:
@@ -243,7 +243,8 @@ def _strips(rows: int, columns: int) -> int:
     return strips if columns % strips == 0 and columns // strips >= NARROWEST_STRIP else 1
 
 
-def _finish(out_RF: Tensor, bias_F: Tensor | None, addend_RF: Tensor | None, gated: bool) -> Tensor:
+def finished(out_RF: Tensor, bias_F: Tensor | None, addend_RF: Tensor | None, gated: bool) -> Tensor:
+    """A product, plus a bias, gated, plus what is to be added; each where there is one."""
     if bias_F is not None:
         out_RF = out_RF + bias_F
     if gated:

@@ -13,16 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from raygrow.kernels.row_linear import Around
-from raygrow.kernels.triton_epilogue import finish, gate
+from raygrow.kernels.triton_epilogue import finish, folded, gate
 from raygrow.kernels.triton_row_linear import Tiling
-
-
-@triton.jit
-def _folded(x_k, w_kf, WAVE: tl.constexpr):
-    """Products, those that one thread has of one feature summed: fewer sums to keep leaves room for more reads."""
-    K: tl.constexpr = w_kf.shape[0]
-    F: tl.constexpr = w_kf.shape[1]
-    return tl.sum(tl.reshape(x_k[:, None] * w_kf.to(tl.float32), [K // WAVE, WAVE, F]), 0)
 
 
 @triton.jit
@@ -68,9 +60,9 @@ def _threshold_linear(
         next_w_kf = tl.load(next_kf, mask=kept_kf, other=0.0, eviction_policy="evict_first")
         if GATED:
             next_up_kf = tl.load(next_kf + F, mask=kept_kf, other=0.0, eviction_policy="evict_first")
-            up_sum_wf += _folded(x_k, up_kf, WAVE)
+            up_sum_wf += folded(x_k, up_kf, WAVE)
             up_kf = next_up_kf
-        sum_wf += _folded(x_k, w_kf, WAVE)
+        sum_wf += folded(x_k, w_kf, WAVE)
         x_k, w_kf = next_x_k, next_w_kf
 
     y_f = tl.sum(sum_wf, 0) * factor

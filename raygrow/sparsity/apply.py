@@ -11,6 +11,8 @@ Shapes: B batch, T tokens, D model.
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from raygrow.nn.block import Block
 from raygrow.nn.joined import JoinedAttention, JoinedBlock, JoinedMlp, replace_blocks
 from raygrow.nn.moe import Moe
@@ -57,6 +59,7 @@ def install(model: Rack, method: Method, rows: SparseRows) -> dict[Place, Select
         ValueError: If the model is sparse already.
     """
     replace_blocks(model, partial(_sparse_block, rows=rows, weighted=method in WEIGHTED))
+    _introduce(model)
     selectors: dict[Place, Selector] = {}
     block: Any
     for index, block in enumerate(model.blocks):
@@ -78,3 +81,18 @@ def _sparse_block(block: Any, *, rows: SparseRows, weighted: bool) -> JoinedBloc
         else JoinedMlp(block.mlp, block.mlp_norm, make)
     )
     return JoinedBlock(JoinedAttention(block.attention, block.attention_norm, make), mlp, block.adapter)
+
+
+def _introduce(model: Rack) -> None:
+    """Tells projections whose output another one reads as it is, but for an RMS norm, which that is."""
+    before: Any = None  # what has made the residual stream
+    block: Any
+    for block in model.blocks:
+        attention, mlp = block.attention, block.mlp
+        made_by = [(before, attention.qkv)]
+        if isinstance(mlp, JoinedMlp):
+            made_by += [(attention.o, mlp.up), (mlp.up if mlp.up.gated else None, mlp.down)]
+        for maker, reader in made_by:
+            if maker is not None and isinstance(reader.norm, nn.RMSNorm | None):
+                maker.readers = (reader,)
+        before = mlp.down if isinstance(mlp, JoinedMlp) else None

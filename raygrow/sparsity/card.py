@@ -26,6 +26,8 @@ _METHODS = {
     "many of every token",
     "rotated_teal": "in a calibrated basis, the entries whose magnitude times the norm of their column is above a "
     "calibrated threshold",
+    "grouped": "in a calibrated basis, of each group of 32 entries those whose magnitude times the norm of their column "
+    "is largest, as many of every token",
     "relu": "what is not zero: the model was trained to have many hidden units at exactly zero, and nothing else is "
     "dropped",
 }
@@ -163,6 +165,7 @@ class Card:
         whole = [
             *(["the bases"] if self.plan.rotation != "none" else []),
             *(["the thresholds"] if method in THRESHOLDED else []),
+            *(["what each group keeps"] if method == "grouped" else []),
         ]
         told = [f"{' and '.join(whole)} on {found.sequences} sequences"] if whole else []
         if method == "relu":

@@ -5,18 +5,19 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from raygrow.kernels.group_select import group_sizes
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.rack import Rack
 from raygrow.progress import Progress, silent
 from raygrow.sparsity import allocate
 from raygrow.sparsity.allocate import Split, SplitName
 from raygrow.sparsity.apply import install
-from raygrow.sparsity.histogram import Histogram
 from raygrow.sparsity.inputs import Place, block_weights, input_size, input_weights
 from raygrow.sparsity.linear import SparseRows
 from raygrow.sparsity.methods import THRESHOLDED, Choice, Method
 from raygrow.sparsity.plan import Level, make_level
 from raygrow.sparsity.policy import Divergence, Policy, hidden, policy_loss
+from raygrow.sparsity.scores import Histogram, RankedEnergy
 
 TOLERANCE = 0.005
 """Of the share of weights that thresholds drop."""
@@ -55,7 +56,7 @@ class Levels:
         self.selectors = install(model, method, self.rows)
         self.taken: dict[float, SplitName] = {}
         """By sparsity, which kind of split its level has."""
-        self._scores = self._scored(tokens_BT) if method in THRESHOLDED else {}
+        self._scores = self._scored(tokens_BT) if method in (*THRESHOLDED, "grouped") else {}
         self._divergence = Divergence(model, tokens_BT[:searched], batch_size=batch_size)
         self.tokens += self._divergence.tokens
         self._costs: dict[Place, list[float]] | None = None
@@ -115,12 +116,17 @@ class Levels:
         choices = self.choices(split)
         return make_level(self.config, self._fitted(choices, sparsity) if self.method in THRESHOLDED else choices)
 
-    def _scored(self, tokens_BT: Tensor) -> dict[Place, Histogram]:
+    def _scored(self, tokens_BT: Tensor) -> dict[Place, Histogram | RankedEnergy]:
         """What the entries of every input score on a text while nothing is dropped."""
-        self._set({place: Choice(selector.size, EXCEEDED) for place, selector in self.selectors.items()})
-        found: dict[Place, Histogram] = {}
+        found: dict[Place, Histogram | RankedEnergy] = {}
         for place, selector in self.selectors.items():
-            selector.scores = found[place] = Histogram()
+            if self.method == "grouped":
+                selector.choice = Choice(selector.size, groups=group_sizes(selector.size))
+                selector.scores = found[place] = RankedEnergy(selector.size)
+            else:
+                selector.choice = Choice(selector.size, EXCEEDED)
+                selector.scores = found[place] = Histogram()
+        self.rows.start, self.rows.stop = 0, None
         for batch_BT in tokens_BT.split(self.batch_size):
             hidden(self.model, batch_BT)
         for selector in self.selectors.values():
@@ -181,7 +187,10 @@ class Levels:
         if share <= 0:
             return Choice(size)
         keep = min(size, max(1, round((1 - share) * size)))
-        return Choice(keep, self._scores[place].quantile(share) if place in self._scores else None)
+        scores = self._scores.get(place)
+        if isinstance(scores, RankedEnergy):
+            return Choice(keep, groups=scores.groups(keep))
+        return Choice(keep, scores.quantile(share) if scores else None)
 
 
 def _scaled(choice: Choice, factor: float) -> Choice:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from raygrow.kernels.group_select import Groups, Listed, list_groups
+from raygrow.kernels.list_linear import list_linear
 from raygrow.kernels.row_linear import Around
 from raygrow.kernels.sparse_linear import Selection, masked_linear, norm_masked, norm_select, select, sparse_linear
 from raygrow.kernels.threshold_linear import threshold_linear
@@ -66,6 +68,9 @@ class SparseLinear(nn.Module):
         self.weight_DF = constant(weight_DF)
         self.register_parameter("bias_F", joined_bias(projections))
         self.selector = Selector(len(weight_DF), column_norms(weight_DF) if weighted else None)
+        self.readers: tuple[SparseLinear, ...] = ()  # a tuple, which torch.nn does not register
+        """What reads the output as it is, if anything does: where it chooses by groups, it is told what it keeps."""
+        self._told: tuple[Tensor, Listed] | None = None
 
     def forward(self, x_BTD: Tensor, addend_BTF: Tensor | None = None) -> Tensor:
         """`(B, T, D)` to the outputs side by side, or what is gated, plus what is to be added."""
@@ -82,12 +87,36 @@ class SparseLinear(nn.Module):
     def _of_one(self, x_1D: Tensor, addend_1F: Tensor | None) -> Tensor:
         """One token, which reads what it keeps."""
         threshold, scale_D = self.selector.choice.threshold, self.selector.scale_D
+        around = Around(bias_F=self.bias_F, gated=self.gated, addend_RF=addend_1F)
+        if self.groups is not None:
+            return self._of_groups(x_1D, self.groups, around)
         if threshold is None:
             kept = selected(x_1D, self.selector, self.norm)
             return sparse_linear(kept, self.weight_DF, self.bias_F, addend_RF=addend_1F, gated=self.gated)
-        around = Around(bias_F=self.bias_F, gated=self.gated, addend_RF=addend_1F)
         x_1D, around = with_norm(self.norm, x_1D, around)
         return threshold_linear(x_1D, self.weight_DF, threshold, scale_D, around)
+
+    @property
+    def groups(self) -> Groups | None:
+        """What is kept of what comes in, before any norm; None where that is not chosen by groups."""
+        groups = self.selector.groups
+        return groups and groups._replace(gain_D=self.norm.weight if isinstance(self.norm, nn.RMSNorm) else None)
+
+    def tell(self, x_1D: Tensor, listed: Listed) -> None:
+        """What is kept of a token alone, by whatever has made it."""
+        self._told = x_1D, listed
+
+    def _of_groups(self, x_1D: Tensor, groups: Groups, around: Around) -> Tensor:
+        x_1D, around = with_norm(self.norm, x_1D, around)
+        told, self._told = self._told, None
+        # held until now, so nothing else can have come to lie where it is
+        known = told and told[0].data_ptr() == x_1D.data_ptr()
+        listed = told[1] if told and known else list_groups(x_1D, groups)
+        then = next((reader.groups for reader in self.readers), None)
+        y_1F, kept = list_linear(listed, self.weight_DF, around._replace(gain_D=None), then)
+        if kept:
+            self.readers[0].tell(y_1F, kept)
+        return y_1F
 
 
 def selected(x_RD: Tensor, selector: Selector, norm: nn.Module | None = None) -> Selection:

@@ -8,11 +8,13 @@
 | `teal`         | magnitude                      | what exceeds a threshold   | the model's   | arXiv 2408.14690 |
 | `rotated_wina` | magnitude x norm of the column | as many of every token     | one for all   |                  |
 | `rotated_teal` | magnitude x norm of the column | what exceeds a threshold   | one for all   |                  |
+| `grouped`      | magnitude x norm of the column | as many of each group      | one for all   |                  |
 | `relu`         | magnitude, of hidden units     | what is not zero           | the model's   |                  |
 
-A column is what an entry is multiplied by, in all projections that read the input together. The basis is what a method
-has unless another is asked for.
-Shapes: R rows (tokens), D entries, F outputs.
+A column is what an entry is multiplied by, in all projections that read the input together. A group is 32 neighbouring
+entries; how many it keeps is its own, and the same of every token. The basis is what a method has unless another is
+asked for.
+Shapes: R rows (tokens), D entries, G groups, F outputs.
 """
 
 from dataclasses import dataclass
@@ -21,12 +23,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from raygrow.kernels.sparse_linear import above, masked
-from raygrow.sparsity.histogram import Histogram
+from raygrow.kernels.group_select import Groups, group_kept, groups_of
+from raygrow.kernels.sparse_linear import masked
+from raygrow.sparsity.scores import Histogram, RankedEnergy
 
-Method = Literal["larosa", "topk", "wina", "teal", "rotated_wina", "rotated_teal", "relu"]
+Method = Literal["larosa", "topk", "wina", "teal", "rotated_wina", "rotated_teal", "grouped", "relu"]
 METHODS: tuple[Method, ...] = get_args(Method)
-WEIGHTED: tuple[Method, ...] = ("wina", "rotated_wina", "rotated_teal")
+WEIGHTED: tuple[Method, ...] = ("wina", "rotated_wina", "rotated_teal", "grouped")
 """Their scores are weighted by the norms of columns."""
 THRESHOLDED: tuple[Method, ...] = ("teal", "rotated_teal")
 """They keep what scores above a calibrated threshold."""
@@ -38,6 +41,7 @@ ROTATIONS: dict[Method, Rotation] = {
     "teal": "none",
     "rotated_wina": "global",
     "rotated_teal": "global",
+    "grouped": "global",
     "relu": "none",
 }
 """The basis of each method."""
@@ -50,6 +54,8 @@ class Choice:
     keep: int
     """Entries of each token; with a threshold, as many as exceeded it on the calibration text, on average."""
     threshold: float | None = None
+    groups: tuple[int, ...] | None = None
+    """Entries of each group, of a method that keeps as many of every token."""
 
 
 class Selector:
@@ -62,22 +68,41 @@ class Selector:
 
     def __init__(self, size: int, scale_D: Tensor | None = None) -> None:
         self.size, self.scale_D = size, scale_D
-        self.choice = Choice(size)
-        """All entries, until somebody chooses."""
+        self._choice = Choice(size)  # all entries, until somebody chooses
+        self.groups: Groups | None = None
+        """What is kept, where it is chosen by groups."""
         self.seen: tuple[int, int] | None = None
         """Entries above a threshold and entries in all, counted when this is set to (0, 0)."""
-        self.scores: Histogram | None = None
-        """Counts the scores that a threshold is held against, while there is one."""
+        self.scores: Histogram | RankedEnergy | None = None
+        """Told the scores of all entries, while there is one."""
+
+    @property
+    def choice(self) -> Choice:
+        """How much is kept."""
+        return self._choice
+
+    @choice.setter
+    def choice(self, choice: Choice) -> None:
+        self._choice = choice
+        self.groups = None
+        if choice.groups is not None:
+            device = None if self.scale_D is None else self.scale_D.device
+            keep_G = torch.tensor(choice.groups, dtype=torch.int32, device=device)
+            self.groups = groups_of(keep_G, self.scale_D)
 
     @property
     def drops(self) -> bool:
         """Whether anything is dropped."""
-        return self.choice.keep < self.size or self.choice.threshold is not None
+        return self.choice.keep < self.size or not self._of_row
 
     @property
     def lists(self) -> bool:
-        """Whether what is kept is as much of every token, and less than all."""
-        return self.choice.threshold is None and self.choice.keep < self.size
+        """Whether what is kept is as much of every token, chosen from all of it, and less than all."""
+        return self.choice.keep < self.size and self._of_row
+
+    @property
+    def _of_row(self) -> bool:
+        return self.choice.threshold is None and self.choice.groups is None
 
     def masked(self, x_RD: Tensor, scale_RD: Tensor | None = None) -> Tensor:
         """Contiguous rows with zeros in the place of dropped entries.
@@ -89,11 +114,15 @@ class Selector:
         if not self.drops:
             return x_RD
         scale = self.scale_D if scale_RD is None else scale_RD
-        if self.choice.threshold is None:
+        if self._of_row:
             return masked(x_RD, self.choice.keep, scale)
+        score_RD = x_RD.abs() if scale is None else x_RD.abs() * scale
         if self.scores is not None:
-            self.scores.add(x_RD if scale is None else x_RD * scale)
-        left_RD = above(x_RD, self.choice.threshold, scale)
+            self.scores.add(score_RD)
+        if self.groups is not None:
+            return torch.where(group_kept(score_RD, self.groups.keep_G), x_RD, 0)
+        assert self.choice.threshold is not None, "chosen by a threshold if by nothing else"
+        left_RD = torch.where(score_RD > self.choice.threshold, x_RD, 0)
         if self.seen is not None:
             self.seen = self.seen[0] + int(left_RD.count_nonzero()), self.seen[1] + left_RD.numel()
         return left_RD

@@ -10,11 +10,12 @@ have to be read in exchange.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from raygrow.kernels.group_select import group_sizes
 from raygrow.nn.config import ModelConfig
 from raygrow.sparsity.inputs import (
     INPUTS,
@@ -159,13 +160,29 @@ def _read_level(tree: dict[str, Any], config: ModelConfig, method: Method) -> Le
         raise ValueError(f"it is about a model of {len(blocks)} blocks, this one has {config.n_blocks}")
     choices = {}
     for block, name in places(config):
-        choice, size = Choice(**blocks[block][name]), input_size(config, block, name)
+        choice, size = _read_choice(blocks[block][name]), input_size(config, block, name)
         if type(choice.keep) is not int or not 1 <= choice.keep <= size:
             raise ValueError(f"block {block} keeps {choice.keep!r} entries of `{name}`, which has {size}")
         if choice.threshold is not None and type(choice.threshold) is not float:
             raise ValueError(f"block {block}: threshold {choice.threshold!r} of `{name}` is no number")
+        if choice.groups is not None and not _fills(choice.groups, choice.keep, size):
+            raise ValueError(
+                f"block {block}: the groups of `{name}` do not make up what it keeps, {choice.keep} entries"
+            )
         choices[block, name] = choice
     return make_level(config, choices, method)
+
+
+def _read_choice(tree: dict[str, Any]) -> Choice:
+    choice = Choice(**tree)
+    return choice if choice.groups is None else replace(choice, groups=tuple(choice.groups))
+
+
+def _fills(groups: Sequence[Any], keep: int, size: int) -> bool:
+    """Whether groups of an input hold, together, what it keeps."""
+    most = group_sizes(size)
+    whole = len(groups) == len(most) and all(type(n) is int and 0 <= n <= m for n, m in zip(groups, most, strict=True))
+    return whole and sum(groups) == keep
 
 
 def _one_of(content: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:
@@ -175,4 +192,4 @@ def _one_of(content: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:
 
 
 def _plain(choice: Choice) -> dict[str, Any]:
-    return {"keep": choice.keep} | ({} if choice.threshold is None else {"threshold": choice.threshold})
+    return {key: value for key, value in asdict(choice).items() if value is not None}

@@ -18,6 +18,7 @@ from raygrow.infer.engine import load_engine
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
+from raygrow.sparsity.apply import sparse
 from raygrow.sparsity.card import Row
 from raygrow.sparsity.config import SparsifyConfig
 from raygrow.sparsity.inputs import INPUTS
@@ -347,6 +348,10 @@ def damaged(change):
             damaged(lambda content: content["levels"]["0.4"]["blocks"][1].update(o={"keep": 33})),
             "block 1 keeps 33 entries of `o`, which has 32",
         ),
+        (
+            damaged(lambda content: content["levels"]["0.4"]["blocks"][1].update(o={"keep": 9, "groups": [8]})),
+            "block 1: the groups of `o` do not make up what it keeps, 9 entries",
+        ),
         (damaged(lambda content: content["levels"].update({"0.9": content["levels"].pop("0.4")})), "was made for 0.9"),
     ],
 )
@@ -360,6 +365,19 @@ def test_a_level_or_plan_that_is_not_there_or_damaged_is_named(
     words = ["evaluate", str(tmp_path / "out"), "--data", str(data), "--sparsity", "0.4", "--seq-len", "24"]
     assert main(words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@torch.no_grad()
+def test_groups_are_read_as_they_were_written(model_folder: Path, data: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    plan = made(model_folder, out, data, sparsity=(0.4, 0.6), method="grouped").plan
+    choices = plan.levels[0.6].choices
+    assert load_plan(open_folder(out)).levels[0.6].choices == choices
+    assert all(choice.groups is None or sum(choice.groups) == choice.keep for choice in choices.values())
+    assert any(choice.groups for choice in choices.values())
+    model, fresh = load_model(out), load_model(out)
+    tokens = torch.arange(16)[None]
+    assert not torch.allclose(sparse(model, plan, 0.6)(tokens), fresh(tokens))
 
 
 @torch.no_grad()

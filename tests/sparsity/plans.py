@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from raygrow.kernels.group_select import group_sizes
 from raygrow.sparsity.allocate import ratio_split
 from raygrow.sparsity.inputs import input_size
 from raygrow.sparsity.methods import Choice, Method
@@ -15,10 +16,14 @@ def add_plan(folder: Path, *levels: float, method: Method = "wina", threshold: f
     opened = open_folder(folder)
     config = opened.config
     made = {}
+
+    def chosen(keep: int, size: int) -> Choice:
+        return Choice(keep, threshold, spread(keep, size) if method == "grouped" else None)
+
     for level in levels:
         split = ratio_split(config, level, 0.8)
         choices = {
-            place: Choice(max(1, round((1 - share) * input_size(config, *place))), threshold)
+            place: chosen(max(1, round((1 - share) * input_size(config, *place))), input_size(config, *place))
             for place, share in split.items()
         }
         made[level] = make_level(config, choices)
@@ -28,3 +33,10 @@ def add_plan(folder: Path, *levels: float, method: Method = "wina", threshold: f
     )
     plan.save(folder)
     return plan
+
+
+def spread(keep: int, size: int) -> tuple[int, ...]:
+    """So many entries, about as many of each group."""
+    sizes = group_sizes(size)
+    ends = [round(keep * sum(sizes[: group + 1]) / size) for group in range(len(sizes))]
+    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))

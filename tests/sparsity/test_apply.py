@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from raygrow.kernels.group_select import list_groups
+from raygrow.sparsity import linear
 from raygrow.sparsity.allocate import uniform
 from raygrow.sparsity.apply import install
 from raygrow.sparsity.inputs import Place, block_weights, input_size, input_weights
 from raygrow.sparsity.levels import TOLERANCE, Levels
 from raygrow.sparsity.linear import SparseRows
-from raygrow.sparsity.methods import METHODS, THRESHOLDED, WEIGHTED, Choice
+from raygrow.sparsity.methods import METHODS, THRESHOLDED, WEIGHTED, Choice, Method
 from raygrow.sparsity.policy import policy_loss
 from tests.growing_cache import growing_attends
 from tests.growth.racks import random_rack, tiny
+from tests.sparsity.plans import spread
 from tests.sparsity.racks import KINDS, TEXT, rack
 
 TARGETS = TEXT.roll(-1, 1)
@@ -221,19 +224,56 @@ def test_rows_do_not_depend_on_those_beside_them():
         assert not torch.allclose(every, none)
 
 
+def half(method: Method, size: int) -> Choice:
+    """Half of an input, as a method chooses it."""
+    if method == "grouped":
+        return Choice(size // 2, groups=spread(size // 2, size))
+    return Choice(size // 2, 0.7 if method in THRESHOLDED else None)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "reglu", "layernorm"])
-@pytest.mark.parametrize("method", ["topk", "wina", *THRESHOLDED])
+@pytest.mark.parametrize("method", ["topk", "wina", "grouped", *THRESHOLDED])
 @torch.no_grad()
 def test_a_token_alone_is_what_it_is_among_others(method, kind):
     """Alone it reads what it keeps, its experts' too; among others there are zeros in products of everything."""
     more = {"reglu": {"mlp": "reglu"}, "layernorm": {"norm": "layernorm"}}
     model = rack(kind) if kind in KINDS else random_rack(tiny(**more[kind]), torch.float64)
     for place, selector in install(model, method, SparseRows()).items():
-        threshold = 0.7 if method in THRESHOLDED else None
-        selector.choice = Choice(input_size(model.config, *place) // 2, threshold)
+        selector.choice = half(method, input_size(model.config, *place))
     x_BTD = torch.randn(1, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for block in model.blocks:
         alone = torch.cat([block.attention.qkv(x_BTD[:, t : t + 1]) for t in range(9)], dim=1)
         torch.testing.assert_close(alone, block.attention.qkv(x_BTD), rtol=1e-12, atol=1e-12)
         alone = torch.cat([block.mlp(*[x_BTD[:, t : t + 1]] * 2) for t in range(9)], dim=1)
         torch.testing.assert_close(alone, block.mlp(x_BTD, x_BTD), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "biases", "gelu", "mixtral", "some dense"])
+@torch.no_grad()
+def test_projections_that_tell_each_other_what_is_kept_compute_the_same(kind, monkeypatch):
+    """Token by token each makes the list for the next; all at once nobody does."""
+    model = rack(kind)
+    for place, selector in install(model, "grouped", SparseRows()).items():
+        selector.choice = half("grouped", input_size(model.config, *place))
+    together = model(TEXT[:1])
+    listed = []
+    monkeypatch.setattr(linear, "list_groups", lambda *given: listed.append(given) or list_groups(*given))
+    attends = growing_attends(model.config.n_blocks)
+    alone = [model(TEXT[:1, t : t + 1], positions_T=torch.tensor([t]), attends=attends) for t in range(TEXT.shape[1])]
+    torch.testing.assert_close(torch.cat(alone, 1), together, rtol=1e-9, atol=1e-9)
+    # o tells up, gated up tells down, down tells the next Block's q, k and v; experts and what is not joined do not
+    told = {"gqa": 3 + 3 + 2, "biases": 3 + 2, "gelu": 3 + 2, "mixtral": 0, "some dense": 2 + 2}[kind]
+    asked = sum(isinstance(module, linear.SparseLinear) for module in model.modules())
+    assert len(listed) == (asked - told) * TEXT.shape[1]
+
+
+@torch.no_grad()
+def test_a_list_of_another_token_is_not_taken():
+    model = rack("gqa")
+    for place, selector in install(model, "grouped", SparseRows()).items():
+        selector.choice = half("grouped", input_size(model.config, *place))
+    o, up = model.blocks[0].attention.o, model.blocks[0].mlp.up
+    one, other = torch.randn(2, 1, 1, 16, dtype=torch.float64)
+    expected = up(other)
+    o(one, one)  # tells the next one what is kept of what it makes, which never comes there
+    assert torch.equal(up(other), expected)
