@@ -219,7 +219,7 @@ def make_forward(model: Rack, cache: KvCache, rows: int) -> Callable[[list[list[
 
     def forward(numbers: list[list[int]]) -> Tensor:
         tokens_R, positions_R, slots_R = torch.tensor(numbers)
-        attends = cache_attends(cache, Decodes(slots_R, positions_R), [])
+        attends = cache_attends(model, cache, Decodes(slots_R, positions_R), [])
         logits_BTV = model(tokens_R[None], positions_T=positions_R, attends=attends)
         assert isinstance(logits_BTV, Tensor)
         return logits_BTV[0].argmax(-1)

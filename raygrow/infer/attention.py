@@ -6,6 +6,7 @@ N heads, K key-value heads, H head dim.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,12 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 
 from raygrow.infer.kv_cache import KvCache
-from raygrow.kernels.decode_attention import decode_attention
+from raygrow.kernels.decode_attention import listing_decode_attention
+from raygrow.kernels.group_select import GROUP
 from raygrow.kernels.rotary import rotate_fused
 from raygrow.nn.attention import Attend, Rope
+from raygrow.nn.rack import Rack
+from raygrow.sparsity.linear import SparseLinear
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For stretches of prompts. Not cuDNN's, which torch prefers on an H200: each new length would have it build a plan."""
@@ -51,12 +55,19 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
 
 
-def cache_attends(cache: KvCache, decodes: Decodes | None, stretches: list[Stretch]) -> list[Attend]:
+def cache_attends(model: Rack, cache: KvCache, decodes: Decodes | None, stretches: list[Stretch]) -> list[Attend]:
     """One attention function per Block: stores the step's keys and values, and attends to all of each sequence."""
     return [
-        partial(_attend, k_cache, v_cache, decodes, stretches)
-        for k_cache, v_cache in zip(cache.k, cache.v, strict=True)
+        partial(_attend, k_cache, v_cache, decodes, stretches, _listing_reader(block, decodes, stretches))
+        for block, k_cache, v_cache in zip(model.blocks, cache.k, cache.v, strict=True)
     ]
+
+
+def _listing_reader(block: Any, decodes: Decodes | None, stretches: list[Stretch]) -> SparseLinear | None:
+    """What reads a Block's attention, if it wants what it keeps of a token alone listed, and heads are whole groups."""
+    alone = decodes is not None and len(decodes.slots_R) == 1 and not stretches
+    o, whole = block.attention.o, block.attention.head_dim % GROUP == 0
+    return o if alone and whole and isinstance(o, SparseLinear) and o.groups else None
 
 
 def _attend(
@@ -64,6 +75,7 @@ def _attend(
     v_cache: Tensor,
     decodes: Decodes | None,
     stretches: list[Stretch],
+    reader: SparseLinear | None,
     q_BTNH: Tensor,
     k_BTKH: Tensor,
     v_BTKH: Tensor,
@@ -74,7 +86,11 @@ def _attend(
     if decodes is not None:
         first = len(decodes.slots_R)
         new = q_TNH[:first], k_TKH[:first], v_TKH[:first], (rope[0][:first], rope[1][:first])
-        parts.append(decode_attention(*new, k_cache, v_cache, decodes.slots_R, decodes.positions_R))
+        given = *new, k_cache, v_cache, decodes.slots_R, decodes.positions_R
+        out_RNH, listed = listing_decode_attention(*given, reader.groups if reader else None)
+        if reader and listed:
+            reader.tell(out_RNH, listed)
+        parts.append(out_RNH)
     if stretches:  # all are turned at once
         angles = rope[0][first:], rope[1][first:]
         q_CNH, k_CKH = rotate_fused(q_TNH[first:], *angles), rotate_fused(k_TKH[first:], *angles)

@@ -79,7 +79,7 @@ class DecodeGraphs:
 
     def _forward(self, size: int) -> Outputs:
         tokens_R, positions_R, slots_R = self._step(size)
-        attends = cache_attends(self._cache, Decodes(slots_R, positions_R), [])
+        attends = cache_attends(self._model, self._cache, Decodes(slots_R, positions_R), [])
         logits_RV = self._model(tokens_R[None], positions_T=positions_R, attends=attends)[0]
         return logits_RV, likeliest(logits_RV)
 

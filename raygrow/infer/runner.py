@@ -67,7 +67,7 @@ class Runner:
         if decoding:
             rows = slice(0, decoding)
             decodes = Decodes(slots_T[rows], positions_T[rows])
-        attends = cache_attends(self._cache, decodes, self._stretches(chunks[decoding:], decoding))
+        attends = cache_attends(self._model, self._cache, decodes, self._stretches(chunks[decoding:], decoding))
         with sdpa_kernel(KERNELS):
             logits_BLV = self._model(
                 tokens_T[None], positions_T=positions_T, attends=attends, rows=self._wanted(chunks)

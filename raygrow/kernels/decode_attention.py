@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raygrow.kernels.group_select import Groups, Listed, list_groups_torch
 from raygrow.kernels.rotary import rotate
 
 
@@ -40,11 +41,28 @@ def decode_attention(
     Returns:
         `(R, N, H)`.
     """
+    return listing_decode_attention(q_RNH, k_RKH, v_RKH, rope, k_STKH, v_STKH, slots_R, positions_R, None)[0]
+
+
+def listing_decode_attention(
+    q_RNH: Tensor,
+    k_RKH: Tensor,
+    v_RKH: Tensor,
+    rope: tuple[Tensor, Tensor],
+    k_STKH: Tensor,
+    v_STKH: Tensor,
+    slots_R: Tensor,
+    positions_R: Tensor,
+    then: Groups | None,
+) -> tuple[Tensor, Listed | None]:
+    """`decode_attention`, and what is kept of its output if `then` asks: of one row, of heads in whole groups."""
+    given = q_RNH, k_RKH, v_RKH, rope, k_STKH, v_STKH, slots_R, positions_R
     if q_RNH.is_cuda and q_RNH.dtype != torch.float64:
         from raygrow.kernels.triton_decode_attention import decode_attention_triton
 
-        return decode_attention_triton(q_RNH, k_RKH, v_RKH, rope, k_STKH, v_STKH, slots_R, positions_R)
-    return decode_attention_torch(q_RNH, k_RKH, v_RKH, rope, k_STKH, v_STKH, slots_R, positions_R)
+        return decode_attention_triton(*given, then)
+    out_RNH = decode_attention_torch(*given)
+    return out_RNH, None if then is None else list_groups_torch(out_RNH.flatten(1), then)
 
 
 def decode_attention_torch(

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from raygrow.kernels.group_select import GROUP, Groups, Listed
+from raygrow.kernels.triton_group_select import empty_list, list_largest
 from raygrow.kernels.triton_launch import overlapping, overlaps, tickets_of
 
 PROGRAMS = 1024
@@ -50,9 +52,11 @@ def _fold(score_gt, v_th, highest_g, sum_g, out_gh):
 def _attend(
     q, k_new, v_new, cos, sin, k, v, slots, positions, out, partial, tickets,
     q_stride, k_stride, v_stride, slot_stride, token_stride, scale,
+    keep, kept_before, kept_scale, kept_index, kept_value, kept_squares,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, SMALLEST: tl.constexpr,
     ALIGNED: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
+    THEN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -109,7 +113,16 @@ def _attend(
     place_g = row * K * G + head_g
     where_gh = place_g[:, None] * H + h[None, :]
     if parts == 1:
-        tl.store(out + where_gh, (out_gh / sum_g[:, None]).to(out.dtype.element_ty), mask=real_gh)
+        rounded_gh = (out_gh / sum_g[:, None]).to(out.dtype.element_ty)
+        tl.store(out + where_gh, rounded_gh, mask=real_gh)
+        if THEN:
+            for i in range(G):
+                out_h = tl.sum(tl.where((g == i)[:, None], rounded_gh.to(tl.float32), 0.0), 0)
+                entry_h = (kv_head * G + i) * H + h
+                list_largest(
+                    out_h, entry_h, real_h, keep, kept_before, kept_scale, None,
+                    kept_index, kept_value, kept_squares, kv_head * G + i, GROUP,
+                )  # fmt: skip
     else:
         # of each head: its parts' sums of values, then their highest scores, then their sums of weights
         partial_g = partial + place_g * PARTS * (H + 2)
@@ -130,7 +143,13 @@ def _attend(
                 weight_p = tl.exp(highest_p - tl.max(highest_p, 0))
                 out_ph = tl.load(from_ + p[:, None] * H + h[None, :], mask=real_ph, other=0.0, cache_modifier=".cg")
                 out_h = tl.sum(weight_p[:, None] * out_ph, 0) / tl.sum(weight_p * sum_p, 0)
-                tl.store(out + head * H + h, out_h.to(out.dtype.element_ty), mask=real_h)
+                rounded_h = out_h.to(out.dtype.element_ty)
+                tl.store(out + head * H + h, rounded_h, mask=real_h)
+                if THEN:
+                    list_largest(
+                        rounded_h.to(tl.float32), head * H + h, real_h, keep, kept_before, kept_scale, None,
+                        kept_index, kept_value, kept_squares, head, GROUP,
+                    )  # fmt: skip
             tl.store(ticket, 0)  # for the next launch
 
 
@@ -143,7 +162,8 @@ def decode_attention_triton(
     v_STKH: Tensor,
     slots_R: Tensor,
     positions_R: Tensor,
-) -> Tensor:
+    then: Groups | None = None,
+) -> tuple[Tensor, Listed | None]:
     """Same contract as `decode_attention`. Products in the dtype of the cache, sums in fp32."""
     rows, heads, dim = q_RNH.shape
     kv_heads = k_STKH.shape[2]
@@ -157,7 +177,9 @@ def decode_attention_triton(
     cos_RH, sin_RH = (x.to(torch.float32).contiguous() for x in rope)
     out_RNH = torch.empty(rows, heads, dim, dtype=q_RNH.dtype, device=q_RNH.device)
     if not rows:
-        return out_RNH
+        return out_RNH, None
+    assert then is None or rows == 1, "only a row alone is listed"
+    kept = None if then is None else empty_list(then, out_RNH.dtype, heads, out_RNH.device)
     parts = min(triton.cdiv(PROGRAMS, rows * kv_heads), triton.cdiv(k_STKH.shape[1], SMALLEST_PART), MOST_PARTS)
     partial = torch.empty(rows * heads * parts * (dim + 2), dtype=torch.float32, device=q_RNH.device)
     pdl = overlaps(q_RNH.device)
@@ -166,11 +188,14 @@ def decode_attention_triton(
         q_RNH, k_RKH, v_RKH, cos_RH, sin_RH, k_STKH.data_ptr(), v_STKH.data_ptr(), slots_R, positions_R,
         out_RNH, partial, tickets_of(k_STKH, rows * kv_heads),
         q_RNH.stride(0), k_RKH.stride(0), v_RKH.stride(0), k_STKH.stride(0), k_STKH.stride(1), dim**-0.5,
+        *((None,) * 3 if then is None else (then.keep_G, then.first_G, then.scale_D)),
+        *((None,) * 3 if kept is None else kept),
         K=kv_heads, G=shared, H=dim, PARTS=parts, SMALLEST=SMALLEST_PART,
         ALIGNED=16 if k_STKH.data_ptr() % 16 == v_STKH.data_ptr() % 16 == 0 else 1, STAGES=STAGES,
         BLOCK_T=64 if q_RNH.dtype.itemsize == 2 else 32,
         # tensor cores want 16 rows: for fewer heads most of what they do is for nothing, and they are still faster
         BLOCK_G=max(16, triton.next_power_of_2(shared)), BLOCK_H=max(16, triton.next_power_of_2(dim)),
-        BLOCK_P=triton.next_power_of_2(parts), PDL=pdl, num_warps=WARPS, **overlapping(pdl),
+        BLOCK_P=triton.next_power_of_2(parts), PDL=pdl,
+        THEN=then is not None, GROUP=GROUP, num_warps=WARPS, **overlapping(pdl),
     )  # fmt: skip
-    return out_RNH
+    return out_RNH, kept

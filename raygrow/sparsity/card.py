@@ -26,8 +26,8 @@ _METHODS = {
     "many of every token",
     "rotated_teal": "in a calibrated basis, the entries whose magnitude times the norm of their column is above a "
     "calibrated threshold",
-    "grouped": "in a calibrated basis, of each group of 32 entries those whose magnitude times the norm of their column "
-    "is largest, as many of every token",
+    "grouped": "in a calibrated basis, of each group of 32 entries those whose magnitude times the norm of their "
+    "column is largest, as many of every token",
     "relu": "what is not zero: the model was trained to have many hidden units at exactly zero, and nothing else is "
     "dropped",
 }
