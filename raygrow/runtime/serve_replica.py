@@ -1,12 +1,13 @@
 """One replica of a model on Ray Serve: an engine, its health and its figures; and how many replicas there should be."""
 
 import asyncio
+import contextlib
 import faulthandler
 import logging
 import math
 import os
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray.serve.config import AutoscalingContext
 
 from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import load_engine
-from raygrow.infer.loop import EngineLoop
+from raygrow.infer.process import HANGING_SECONDS, EngineProcess
 from raygrow.infer.request import Delta, Request
 
 logger = logging.getLogger("ray.serve")
@@ -25,8 +26,6 @@ PIECES_PER_SECOND = 1000
 """Pieces that a replica sends, of all its answers together. Each costs Ray a fraction of a millisecond, so that tokens
 come one by one while there are few answers, and several at once when there are many."""
 REPORT_SECONDS = 2.0
-HANGING_SECONDS = 300
-"""A process whose Python has not come to its reports for this long ends itself: no health check could end it."""
 SECONDS_TO_TELL = 1.0
 """Between a failed health check and the end of the process."""
 GAUGES = {
@@ -53,7 +52,7 @@ class Replica:
     """
 
     def __init__(self, folder: str, config: EngineConfig) -> None:
-        self._loop = EngineLoop(load_engine(Path(folder), config))
+        self._engine = EngineProcess(partial(load_engine, Path(folder), config))
         self._answers = 0
         self._gauges = {name: metrics.Gauge(f"raygrow_engine_{name}", text) for name, text in GAUGES.items()}
         self._reports: asyncio.Task[None] | None = None
@@ -62,7 +61,7 @@ class Replica:
         """An answer in pieces. Closing the iterator, as Serve does when the client has gone, frees its slot."""
         begun = 0
         try:
-            async with aclosing(self._loop.generate(request)) as deltas:
+            async with contextlib.aclosing(self._engine.generate(request)) as deltas:
                 async for delta in deltas:
                     if not begun:  # those that wait for a slot send nothing
                         begun = 1
@@ -81,7 +80,7 @@ class Replica:
         if self._reports is None:
             self._reports = asyncio.create_task(self._report())
         try:
-            self._loop.check()
+            await self._engine.stats()
         except Exception:
             logger.exception("the engine does not work any more; this replica ends")
             asyncio.get_running_loop().call_later(SECONDS_TO_TELL, os._exit, 1)
@@ -89,15 +88,16 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `engine_load` goes by."""
-        stats = self._loop.stats
+        stats = await self._engine.stats()
         return {"running": stats.running, "waiting": stats.waiting}
 
     async def _report(self) -> None:
         while True:
             faulthandler.dump_traceback_later(HANGING_SECONDS, exit=True)  # by a thread that needs no Python
-            stats = self._loop.stats
-            for name, gauge in self._gauges.items():
-                gauge.set(getattr(stats, name))
+            with contextlib.suppress(RuntimeError):  # which the next health check finds
+                stats = await self._engine.stats()
+                for name, gauge in self._gauges.items():
+                    gauge.set(getattr(stats, name))
             await asyncio.sleep(REPORT_SECONDS)
 
 

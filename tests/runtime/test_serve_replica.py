@@ -60,18 +60,29 @@ def test_load_asks_for_replicas(requests: int, running: Any, waiting: Any, wante
     assert engine_load(context)[0] == wanted
 
 
+BROKEN = """
+    import os, time
+    from raygrow.infer import engine, process
+
+    def load_engine(folder, config):
+        process.STUCK_SECONDS = 0.5
+        loaded = engine.load_engine(folder, config)
+        loaded.step = lambda: {fault}
+        return loaded
+"""
 STUCK = """
-    import asyncio, sys, time
+    import asyncio, os, sys
+    sys.path.append(os.getcwd())
+    import broken
     from raygrow.infer.config import EngineConfig
     from raygrow.infer.request import Request
     from raygrow.infer.sampling import Sampling
-    from raygrow.runtime.serve_replica import Replica
+    from raygrow.runtime import serve_replica
 
     async def main():
-        replica = Replica(sys.argv[1], EngineConfig(max_num_seqs=2))
+        serve_replica.load_engine = broken.load_engine
+        replica = serve_replica.Replica(sys.argv[1], EngineConfig(max_num_seqs=2))
         await replica.check_health()
-        replica._loop._stuck_seconds = 0.5
-        replica._loop.engine.step = lambda: {fault}
         answer = replica.generate(Request(id="a", prompt=(1,), sampling=Sampling()))
         reading = asyncio.create_task(anext(answer))
         await asyncio.sleep(1.5)
@@ -90,12 +101,14 @@ STUCK = """
     [
         ("time.sleep(600)", r"the engine is stuck: one step has taken \d seconds still waiting"),
         ("1 / 0", "the engine has failed: division by zero the engine has failed: division by zero"),
+        ("os._exit(3)", r"(the engine has failed: its process has ended \(exit status 3\) ?){2}"),
     ],
 )
 def test_a_replica_ends_with_its_engine(fault: str, told: str, corpus: FilesCorpus, tmp_path: Path) -> None:
     folder = random_model(tmp_path / "model", Path(corpus.path) / "tokenizer")
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(STUCK).replace("{fault}", fault))
+    script.write_text(textwrap.dedent(STUCK))
+    (tmp_path / "broken.py").write_text(textwrap.dedent(BROKEN).replace("{fault}", fault))
     done = run_script(script, [str(folder)], cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert re.fullmatch(told, done.stdout.strip()), done.stdout + done.stderr
