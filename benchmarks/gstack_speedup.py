@@ -64,23 +64,40 @@ def tokens_and_seeds(tokens: str, decays: str, seeds: str) -> str:
     return f"space.space={{plan.tokens:{{grid:[{tokens}]}},{DECAY_KEY}:{{grid:[{decays}]}},seed:{{grid:[{seeds}]}}}}"
 
 
-FOUND = [*LATE, f"{STACKED}.growth.factor=4"]
-"""What the search has found best."""
 AT_LENGTH = ["train.evaluate_every=250"]
+SCRATCH_BUDGETS = tokens_and_seeds("120e6,200e6,300e6", "0.0,0.2", "1,2,3")
+GROWN_BUDGETS = tokens_and_seeds("160e6,240e6", "0.0,0.2", "1,2,3")
+"""Less than from scratch: these runs end where the control's loss is about reached."""
+LONGER = 200 / 120
+"""Of the grown runs' budgets, halfway, to the search's: their bases are as much longer."""
 AT_THE_SEARCH = tokens_and_seeds("120e6", "0.2", "1")
-FINALS = {
-    "final-scratch": [*SCRATCH, *AT_LENGTH, "train.optimizer.lr=6e-4"],
-    "final-grown": [*FOUND, *AT_LENGTH, f"{BASE}.share=null", f"{BASE}.tokens=100e6"],
-    "unseen-grown": [*FOUND, f"{BASE}.share=0.3", AT_THE_SEARCH],
-    "unseen-formula": [*FOUND, "space.formula=true", "space.search=optuna", "space.samples=0", AT_THE_SEARCH],
-    "unseen-random": [*FOUND, f"{BASE}.share=null", f"{BASE}.steps=1", f"{BASE}.lr=1e-12", AT_THE_SEARCH],
-}
-FINALS["final-scratch"].append(tokens_and_seeds("120e6,200e6,300e6", "0.0,0.2", "1,2,3"))
-FINALS["final-grown"].append(tokens_and_seeds("160e6,240e6", "0.0,0.2", "1,2,3"))
-"""The grown arm needs less: its runs end where the control's loss is about reached."""
+UNSEEN = ("grown", "formula", "random")
+FINALS = ("final-scratch", "final-grown", *(f"unseen-{arm}" for arm in UNSEEN))
 SMOKE_SPACE = tokens_and_seeds("30e3,40e3", "0.0,0.2", "0,1")
-SMOKE_FINALS = {name: [*plan, SMOKE_SPACE, "train.evaluate_every=10"] for name, plan in FINALS.items()}
-SMOKE_FINALS["final-grown"].append(f"{BASE}.tokens=10e3")
+
+
+def final_plan(name: str, folder: Path) -> list[str]:
+    """What a final run is told, with what the search has found best.
+
+    Raises:
+        SystemExit: If it has found nothing yet.
+    """
+    if name == "final-scratch":
+        return [*SCRATCH, *AT_LENGTH, "train.optimizer.lr=6e-4", SCRATCH_BUDGETS]
+    searched = folder / "growth"
+    best = max(load_search([searched]).contests, key=lambda contest: contest.flops).best if searched.exists() else None
+    if not best or not best.base:
+        raise SystemExit(f"{name} takes what `growth` has found, and {searched} has no finished trial: run that first")
+    factor = f"{STACKED}.growth.factor"
+    words, share = [*LATE, f"{factor}={best.values[factor]}"], f"{BASE}.share"
+    return {
+        "final-grown": [
+            *words, *AT_LENGTH, f"{share}=null", f"{BASE}.tokens={best.base[1] * LONGER:.3g}", GROWN_BUDGETS
+        ],
+        "unseen-grown": [*words, f"{share}={best.values[share]}", AT_THE_SEARCH],
+        "unseen-formula": [*words, "space.formula=true", "space.search=optuna", "space.samples=0", AT_THE_SEARCH],
+        "unseen-random": [*words, f"{share}=null", f"{BASE}.steps=1", f"{BASE}.lr=1e-12", AT_THE_SEARCH],
+    }[name]  # fmt: skip
 
 
 def main() -> None:
@@ -98,9 +115,11 @@ def main() -> None:
         if {name, "search"} & {*arguments.stages}:
             small = ["plan.tokens=40e3", "space.samples=4"] if arguments.smoke else []
             print_best(bench.search(name, name, *plan, *small))
-    plans = SMOKE_FINALS if arguments.smoke else FINALS
-    wanted = plans if "final" in arguments.stages else {*arguments.stages}
-    folders = {name: bench.search(name, "budgets", *plan) for name, plan in plans.items() if name in wanted}
+    folders: dict[str, Path] = {}
+    for name in FINALS:
+        if {name, "final"} & {*arguments.stages}:
+            small = [SMOKE_SPACE, "train.evaluate_every=10"] if arguments.smoke else []
+            folders[name] = bench.search(name, "budgets", *final_plan(name, bench.folder), *small)
     if "final" in arguments.stages:
         report_finals(folders, bench, smoke=arguments.smoke)
 
@@ -119,7 +138,7 @@ def report_finals(folders: dict[str, Path], bench: Bench, *, smoke: bool) -> Non
     both = load_search([folders["final-scratch"], folders["final-grown"]])
     constant, decayed = ([with_decay(contest, decay) for contest in both.contests] for decay in (0.0, DECAY))
     rows = [row(contest, setting) for contest in (*constant, *decayed) for setting in contest.settings]
-    for arm in ("grown", "formula", "random"):
+    for arm in UNSEEN:
         contests = load_search([folders[f"unseen-{arm}"]]).contests
         rows += [row(contest, setting) | {"arm": arm} for contest in contests for setting in contest.settings]
     readings = [undecayed_reading(constant)]
