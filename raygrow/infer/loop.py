@@ -30,6 +30,10 @@ Item = Delta | BaseException
 """What is new for a caller; an error is the last."""
 
 
+class EngineEnded(RuntimeError):
+    """An engine is closed, or has failed: it takes no requests any more."""
+
+
 class EngineThread(Generic[Caller]):
     """Steps an engine for as long as it has work.
 
@@ -65,13 +69,13 @@ class EngineThread(Generic[Caller]):
         """Takes a request. What is wrong with it comes as an item.
 
         Raises:
-            RuntimeError: If the engine is closed or has failed.
+            EngineEnded: If the engine is closed or has failed.
         """
         self._put(caller, request)
 
     def drop(self, caller: Caller) -> None:
         """Ends a request that nobody waits for any more."""
-        with contextlib.suppress(RuntimeError):  # closed meanwhile
+        with contextlib.suppress(EngineEnded):  # meanwhile
             self._put(caller, None)
 
     def check(self) -> None:
@@ -99,7 +103,7 @@ class EngineThread(Generic[Caller]):
     def _put(self, caller: Caller, request: Request | None) -> None:
         with self._wake:
             if self._closing or self._failure is not None:
-                raise RuntimeError(
+                raise EngineEnded(
                     f"the engine has failed: {self._failure}" if self._failure else "the engine is closed"
                 )
             self._inbox.append((caller, request))
@@ -196,7 +200,7 @@ class Streams(ABC):
 
         Raises:
             ValueError: If the engine cannot take the request; before anything is given out.
-            RuntimeError: If the engine is closed or has failed.
+            EngineEnded: If the engine is closed or has failed.
         """
         stream = Stream(request)
         self._begin(stream)

@@ -7,6 +7,7 @@ writes one message for all that a step has brought.
 
 import asyncio
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import logging
@@ -24,7 +25,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from raygrow.infer.engine import Engine, EngineStats
-from raygrow.infer.loop import STUCK_SECONDS, EngineThread, Item, Stream, Streams, ending, send
+from raygrow.infer.loop import STUCK_SECONDS, EngineEnded, EngineThread, Item, Stream, Streams, ending, send
 from raygrow.infer.request import Delta
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,9 @@ logger = logging.getLogger(__name__)
 HANGING_SECONDS = 300
 """A process whose Python has not come to answer a question for this long ends itself."""
 SECONDS_TO_END = 10.0
-CHILD = "import sys; from raygrow.infer.process import serve; serve(int(sys.argv[1]))"
+CHILD = "import sys; sys.path[:] = {path}; from raygrow.infer.process import serve; serve({pipe})"
+PARENT_DEATH_SIGNAL = 1
+"""Of prctl(2)."""
 
 
 class EngineProcess(Streams):
@@ -47,24 +50,14 @@ class EngineProcess(Streams):
     """
 
     def __init__(self, load: Callable[[], Engine]) -> None:
-        self._pipe, theirs = Pipe()
-        self._process = _start(theirs)
         self._sending, self._lock = threading.Lock(), threading.Lock()
         self._streams: dict[int, Stream] = {}
         self._asked: deque[Future[EngineStats]] = deque()
         """Who waits for numbers: they come in the order in which they were asked for."""
         self._closed, self._failure = False, ""
-        try:
-            _write(self._pipe, load)
-            problem = _read(self._pipe)
-        except (EOFError, OSError) as error:
-            raise RuntimeError(f"the engine did not start: {self._ended()}") from error
-        except BaseException:
-            self._process.kill()
-            raise
-        if problem is not None:
-            raise problem
-        threading.Thread(target=self._receive, name="answers", daemon=True).start()
+        started: Future[None] = Future()
+        threading.Thread(target=self._run, args=(load, started), name="engine's answers", daemon=True).start()
+        started.result()
 
     async def stats(self) -> EngineStats:
         """The engine's numbers of now.
@@ -101,25 +94,56 @@ class EngineProcess(Streams):
                 self._tell((stream.number, None))
 
     def _check(self) -> None:
-        if self._closed:
-            raise RuntimeError("the engine is closed")
-        if self._failure:
-            raise RuntimeError(f"the engine has failed: {self._failure}")
+        if self._closed or self._failure:
+            raise self._problem()
+
+    def _problem(self) -> EngineEnded:
+        return EngineEnded("the engine is closed" if self._closed else f"the engine has failed: {self._failure}")
 
     def _tell(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # the process has ended, as who waits is told
             _write(self._pipe, message)
 
-    def _receive(self) -> None:
-        """Brings what comes from the process to who waits for it. In a thread, until there is no process any more."""
+    def _run(self, load: Callable[[], Engine], started: Future) -> None:
+        """Starts the process, and stays with it to its end: when this thread goes, the process does."""
+        try:
+            self._start(load)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
         with contextlib.suppress(EOFError, OSError):
-            while True:
-                message = _read(self._pipe)
-                if isinstance(message, list):
-                    self._give(message)
-                else:
-                    _settle(self._asked.popleft(), message)
-        failure = self._ended()
+            self._receive()
+        self._lose(self._ended())
+
+    def _start(self, load: Callable[[], Engine]) -> None:
+        self._pipe, theirs = Pipe()
+        with theirs:
+            number = theirs.fileno()
+            code = CHILD.format(path=sys.path, pipe=number)  # modules may be in places that only this process knows
+            self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[number])
+        try:
+            _write(self._pipe, load)
+            problem = _read(self._pipe)
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"the engine did not start: {self._ended()}") from error
+        except BaseException:
+            self._process.kill()
+            raise
+        if problem is not None:
+            raise problem
+
+    def _receive(self) -> None:
+        """Brings what comes from the process to who waits for it."""
+        while True:
+            message = _read(self._pipe)
+            if isinstance(message, list):
+                self._give(message)
+            else:
+                _settle(self._asked.popleft(), message)
+
+    def _lose(self, failure: str) -> None:
+        """Tells everybody who waits that there is no process any more."""
         with self._lock:
             self._failure = failure
             streams, asked = list(self._streams.values()), list(self._asked)
@@ -127,9 +151,7 @@ class EngineProcess(Streams):
         error = None if self._closed else RuntimeError(failure)
         send([(stream, ending(stream.request.id, error)) for stream in streams])
         for answer in asked:
-            _settle(
-                answer, RuntimeError("the engine is closed" if self._closed else f"the engine has failed: {failure}")
-            )
+            _settle(answer, self._problem())
 
     def _give(self, news: list[tuple[int, Any]]) -> None:
         items: list[tuple[Stream, Item]] = []
@@ -154,15 +176,6 @@ class EngineProcess(Streams):
         return f"its process has ended (exit status {status})"
 
 
-def _start(pipe: Connection) -> subprocess.Popen:
-    """The process that `serve` runs in, at the other end of a pipe."""
-    # modules may have been found in places that only this process knows
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    number = pipe.fileno()
-    with pipe:
-        return subprocess.Popen([sys.executable, "-c", CHILD, str(number)], pass_fds=[number], env=environment)
-
-
 def serve(descriptor: int) -> None:
     """The engine's process.
 
@@ -170,6 +183,8 @@ def serve(descriptor: int) -> None:
         descriptor: Its end of the pipe.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all, and the other process says when to end
+    if sys.platform == "linux":  # elsewhere the end of the pipe has to do, which a process that hangs does not see
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     pipe = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
         try:
@@ -206,7 +221,7 @@ def _answer(engine: Engine, pipe: Connection) -> None:
             case number, request:
                 try:
                     thread.begin(number, request)
-                except RuntimeError as error:
+                except EngineEnded as error:
                     give([(number, error)])
 
 

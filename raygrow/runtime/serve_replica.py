@@ -17,6 +17,7 @@ from ray.serve.config import AutoscalingContext
 
 from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import load_engine
+from raygrow.infer.loop import EngineEnded
 from raygrow.infer.process import HANGING_SECONDS, EngineProcess
 from raygrow.infer.request import Delta, Request
 
@@ -69,6 +70,8 @@ class Replica:
                     yield delta
                     if delta.finish_reason is None:
                         await asyncio.sleep(self._answers / PIECES_PER_SECOND)
+        except EngineEnded as error:  # as the answers that it has taken along: clients may ask again
+            yield Delta(request.id, finish_reason="error", error=str(error))
         finally:
             self._answers -= begun
 

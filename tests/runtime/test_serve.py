@@ -131,23 +131,31 @@ def metric(name: str, deployment: str) -> float:
         time.sleep(1)
 
 
-def test_a_killed_replica_is_told_and_replaced(deploy: Callable[..., str], model: Path) -> None:
+@pytest.mark.parametrize("only_its_engine", [False, True])
+def test_a_killed_replica_is_told_and_replaced(deploy: Callable[..., str], model: Path, only_its_engine: bool) -> None:
     url = deploy(described(model))
 
     async def kill_in_mid_stream() -> tuple[Answer, Answer]:
         async with client() as session:
-            cut = Answer()
-            async for _ in events(session, url, cut, model="small", prompt="def ", max_tokens=LONG, ignore_eos=True):
+            cut, body = Answer(), {"model": "small", "prompt": "def "}
+            async for _ in events(session, url, cut, **body, max_tokens=LONG, ignore_eos=True):
                 if cut.text and (processes := replica_processes("small")):
                     for process in processes:
-                        process.kill()
-            return cut, await complete(session, url, model="small", prompt="def ", max_tokens=8)
+                        for victim in process.children() if only_its_engine else [process]:
+                            victim.kill()
+            after, end = await complete(session, url, **body, max_tokens=8), time.monotonic() + 60
+            while only_its_engine and not after.whole:  # until the next health check
+                assert after.status == 503
+                assert time.monotonic() < end
+                await asyncio.sleep(0.2)
+                after = await complete(session, url, **body, max_tokens=8)
+            return cut, after
 
     cut, after = asyncio.run(kill_in_mid_stream())
     assert cut.text
     assert cut.error
     assert set(cut.error) == {"message", "type", "param", "code"}
-    assert "lost" in cut.error["message"]
+    assert ("its process has ended" if only_its_engine else "lost") in cut.error["message"]
     assert after.whole, after
 
 
