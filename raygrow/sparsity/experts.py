@@ -56,7 +56,7 @@ class SparseMoe(nn.Module):
         x_BTD = self.norm(x_BTD)
         rows = self.rows.within(x_BTD.shape[1])
         slots = x_BTD.shape[0] * x_BTD.shape[1] * self.moe.top_k
-        lists = all(selector.choice.threshold is None for selector in self.selectors)
+        lists = all(selector.of_row for selector in self.selectors)
         alone = lists and rows == slice(0, x_BTD.shape[1]) and slots <= len(self.up_EDG)
         y_ND = self._slot_by_slot(x_BTD) if alone else self._expert_by_expert(x_BTD, rows)
         return residual_BTD + y_ND.to(x_BTD.dtype).view_as(x_BTD)

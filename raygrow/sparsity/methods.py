@@ -91,18 +91,19 @@ class Selector:
             self.groups = groups_of(keep_G, self.scale_D)
 
     @property
+    def of_row(self) -> bool:
+        """Whether what is kept is as much of every token, chosen from all of it."""
+        return self.choice.threshold is None and self.choice.groups is None
+
+    @property
     def drops(self) -> bool:
         """Whether anything is dropped."""
-        return self.choice.keep < self.size or not self._of_row
+        return self.choice.keep < self.size or not self.of_row
 
     @property
     def lists(self) -> bool:
-        """Whether what is kept is as much of every token, chosen from all of it, and less than all."""
-        return self.choice.keep < self.size and self._of_row
-
-    @property
-    def _of_row(self) -> bool:
-        return self.choice.threshold is None and self.choice.groups is None
+        """Whether anything is dropped, and that of the whole row."""
+        return self.choice.keep < self.size and self.of_row
 
     def masked(self, x_RD: Tensor, scale_RD: Tensor | None = None) -> Tensor:
         """Contiguous rows with zeros in the place of dropped entries.
@@ -114,7 +115,7 @@ class Selector:
         if not self.drops:
             return x_RD
         scale = self.scale_D if scale_RD is None else scale_RD
-        if self._of_row:
+        if self.of_row:
             return masked(x_RD, self.choice.keep, scale)
         score_RD = x_RD.abs() if scale is None else x_RD.abs() * scale
         if self.scores is not None:

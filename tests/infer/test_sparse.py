@@ -11,6 +11,7 @@ from raygrow.infer import graphs
 from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import Engine, load_engine
 from raygrow.infer.runner import Runner
+from raygrow.kernels.group_select import list_groups
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
@@ -121,14 +122,44 @@ def test_a_sequence_alone_reads_the_weights_that_it_keeps(each_sparse: SparseSub
     assert "whole" not in called
 
 
-@pytest.mark.parametrize("method", THRESHOLDED)
+@pytest.mark.parametrize("method", [*THRESHOLDED, "grouped"])
 @pytest.mark.parametrize("shape", ["llama gqa tied", "mixtral gqa"])
-def test_a_threshold_too(subject_of: Callable[[str], Subject], tmp_path: Path, shape: str, method: Method):
-    made = SparseSubject(subject_of(shape), tmp_path / "teal", method=method, threshold=0.4)
+def test_other_ways_to_choose_too(subject_of: Callable[[str], Subject], tmp_path: Path, shape: str, method: Method):
+    threshold = 0.4 if method in THRESHOLDED else None
+    made = SparseSubject(subject_of(shape), tmp_path / "other", method=method, threshold=threshold)
     given = prompts(4, vocab_size=made.vocab_size)
     expected = [made.greedy(prompt, 25) for prompt in given]
     assert run_together(made.engine(), given) == expected
     assert [run_alone(made.engine(), prompt, 25) for prompt in given] == expected
+
+
+def test_a_token_alone_is_listed_on_its_way(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Attention and every product list what the next product reads, but for the first one, which has none before it."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, d_model=64, n_heads=2, d_ff=96, blocks_per_stack=2, init_std=0.3
+    )
+    model = Rack(config)
+    init_weights(model, config, seed=3)
+    tokenizer.save(tmp_path / "tokenizer")
+    folder = write_folder(tmp_path / "m", config, model.state_dict().items(), tokenizer_from=tmp_path / "tokenizer")
+    plan = add_plan(folder, LEVEL, method="grouped")
+    listed = []
+    monkeypatch.setattr(linear, "list_groups", lambda *given: listed.append(given) or list_groups(*given))
+    engine = load_engine(folder, EngineConfig(device="cpu", max_num_seqs=2, sparsity=LEVEL))
+    found = run_alone(engine, [5, 6, 7], 8)
+    assert len(found) > 2
+    assert len(listed) == len(found) - 1, "the first token comes from the prompt, which is dense"
+    rows = SparseRows()
+    offline = sparse(load_model(folder), plan, LEVEL, rows=rows)
+    attends, tokens = growing_attends(config.n_blocks), [5, 6, 7]
+    with torch.no_grad():
+        rows.stop = 0
+        logits = offline(torch.tensor([tokens]), attends=attends)
+        rows.stop = None
+        for token in found:
+            assert int(logits[0, -1].argmax()) == token
+            tokens.append(token)
+            logits = offline(torch.tensor([[token]]), positions_T=torch.tensor([len(tokens) - 1]), attends=attends)
 
 
 def test_units_at_zero_are_left_out_of_every_token(tokenizer: Tokenizer, tmp_path: Path):

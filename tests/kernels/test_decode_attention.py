@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from raygrow.kernels.decode_attention import decode_attention, decode_attention_torch
+from raygrow.kernels.decode_attention import decode_attention, decode_attention_torch, listing_decode_attention
+from raygrow.kernels.group_select import list_groups_torch
 from raygrow.kernels.rotary import rotate
+from tests.kernels.test_group_select import same, some_groups
 
 
 class Case(NamedTuple):
@@ -122,6 +124,22 @@ def test_a_row_of_the_twin_does_not_depend_on_the_rows_beside_it() -> None:
         assert torch.equal(decode_attention_torch(*case.row(row))[0], together_RNH[row])
 
 
+def check_listing(heads: int, kv_heads: int, dim: int, length: int, dtype: torch.dtype, device: str) -> None:
+    """A row alone is listed as it comes out, and comes out as if it were not."""
+    case, again = (random_case(heads, kv_heads, dim, [length], dtype=dtype, room=3000) for _ in range(2))
+    if device == "cuda":
+        case, again = on_gpu(case), on_gpu(again)
+    groups = some_groups(heads * dim, device)
+    out_RNH, listed = listing_decode_attention(*case, groups)
+    assert torch.equal(out_RNH, decode_attention(*again))
+    assert listed is not None
+    same(listed, list_groups_torch(out_RNH.flatten(1), groups))
+
+
+def test_the_twin_lists_what_is_kept() -> None:
+    check_listing(4, 2, 64, 70, torch.float64, "cpu")
+
+
 def test_no_rows_give_no_rows() -> None:
     case = random_case(4, 2, 16, [5], dtype=torch.float32)
     none = slice(0)
@@ -158,6 +176,12 @@ class TestKernel:
         expected, case = reference(case), on_gpu(case)
         for _ in range(2):  # the second time with tickets that the first has given back
             check(decode_attention(*case), case, expected, tolerance)
+
+    @pytest.mark.parametrize("length", [1, 60, 300, 3000])
+    @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 32), (12, 4, 64), (6, 1, 96), (32, 8, 128)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_it_lists_what_is_kept(self, heads: int, kv_heads: int, dim: int, length: int, dtype: torch.dtype) -> None:
+        check_listing(heads, kv_heads, dim, length, dtype, "cuda")
 
     def test_keys_and_values_may_lie_apart(self) -> None:
         """As where keys have a norm of their own, and values are a part of one projection."""
