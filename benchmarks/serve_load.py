@@ -8,8 +8,9 @@
 The work is that of engine_throughput.py: a random model of 1.37B parameters in bf16, 256 requests, prompts (as token
 ids) and answers of 100 to 1024 tokens each, greedy. Three ways get the same requests: `Engine.step` called in a loop
 (`engine`, all at once only), the engine in its thread with asyncio around it (`loop`), and Ray Serve: an ingress and a
-replica, asked over HTTP on localhost by streaming clients in processes of their own (`serve`). Each way has its own
-process, one after the other, so that none finds what another has cached or shares its memory.
+replica, whose engine has a process of its own, asked over HTTP on localhost by streaming clients in processes of their
+own (`serve`). Each way has its own process, one after the other, so that none finds what another has cached or shares
+its memory.
 
 TTFT: from sending a request to its first chunk. TPOT: from there to the last chunk, by the tokens after the first.
 Tokens are those of the server's own count (`stream_options.include_usage`). The rate is all new tokens by the time from

@@ -112,9 +112,11 @@ class EngineProcess(Streams):
             started.set_exception(error)
             return
         started.set_result(None)
-        with contextlib.suppress(EOFError, OSError):
-            self._receive()
-        self._lose(self._ended())
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                self._receive()
+        finally:
+            self._lose(self._ended())
 
     def _start(self, load: Callable[[], Engine]) -> None:
         self._pipe, theirs = Pipe()
@@ -131,6 +133,7 @@ class EngineProcess(Streams):
             self._process.kill()
             raise
         if problem is not None:
+            self._ended()
             raise problem
 
     def _receive(self) -> None:
@@ -187,17 +190,24 @@ def serve(descriptor: int) -> None:
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     pipe = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
-        try:
-            engine = _read(pipe)()
-        except Exception as error:
-            logger.exception("the engine did not start")
-            _write(pipe, _portable(error))
-            raise EOFError from error
-        gc.collect()
-        gc.freeze()  # what is there stays, and looking through it takes longer than a step
-        _write(pipe, None)
-        _answer(engine, pipe)
+        engine = _load(pipe)
+        if engine is not None:
+            _answer(engine, pipe)
     os._exit(0)  # at once: nothing of it is kept, and the device may be at a step
+
+
+def _load(pipe: Connection) -> Engine | None:
+    """Makes the engine. Says when it is there, or why there is none."""
+    try:
+        engine = _read(pipe)()
+    except Exception as error:
+        logger.exception("the engine did not start")
+        _write(pipe, _portable(error))
+        return None
+    gc.collect()
+    gc.freeze()  # what is there stays, and looking through all of it takes longer than a step
+    _write(pipe, None)
+    return engine
 
 
 def _answer(engine: Engine, pipe: Connection) -> None:

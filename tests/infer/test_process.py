@@ -19,16 +19,22 @@ from raygrow.infer.config import EngineConfig
 from raygrow.infer.engine import load_engine
 from raygrow.infer.process import EngineProcess
 from raygrow.infer.request import Delta, PromptTooLong, Request
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.init import init_weights
+from raygrow.nn.rack import Rack
 from raygrow.text.tokenizer import train_tokenizer
+from raygrow.weights.folder import write_folder
 from tests.infer.subjects import prompts, request, text_of, tokens_of
-from tests.runtime.serving import random_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
     train_tokenizer([Path(__file__).read_text()], 400).save(path / "tokenizer")
-    return random_model(path / "model", path / "tokenizer")
+    config = ModelConfig(vocab_size=512, d_model=32, n_heads=4, d_ff=64, blocks_per_stack=2, max_seq_len=1024)
+    model = Rack(config)
+    init_weights(model, config, seed=0)
+    return write_folder(path / "model", config, model.state_dict().items(), tokenizer_from=path / "tokenizer")
 
 
 @contextmanager
