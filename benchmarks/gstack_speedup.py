@@ -65,7 +65,7 @@ def tokens_and_seeds(tokens: str, decays: str, seeds: str) -> str:
 
 
 AT_LENGTH = ["train.evaluate_every=250"]
-SCRATCH_BUDGETS = tokens_and_seeds("120e6,200e6,300e6", "0.0,0.2", "1,2,3")
+SCRATCH_BUDGETS = tokens_and_seeds("120e6,240e6,300e6", "0.0,0.2", "1,2,3")
 GROWN_BUDGETS = tokens_and_seeds("160e6,240e6", "0.0,0.2", "1,2,3")
 """Less than from scratch: these runs end where the control's loss is about reached."""
 LONGER = 200 / 120
