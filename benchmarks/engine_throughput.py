@@ -55,11 +55,10 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.joined import join
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.allocate import ratio_split
-from raygrow.sparsity.apply import install
-from raygrow.sparsity.inputs import block_weights, input_size
+from raygrow.sparsity.inputs import block_weights
+from raygrow.sparsity.levels import Levels
 from raygrow.sparsity.linear import SparseRows
-from raygrow.sparsity.methods import Choice
-from raygrow.sparsity.plan import make_level
+from raygrow.sparsity.methods import METHODS, Method
 from raygrow.text.tokenizer import load_tokenizer
 
 PARTS = "engine", "single", "batching", "generate"
@@ -86,6 +85,8 @@ CACHES: dict[str, dict[str, Any]] = {
 SINGLE_PROMPT, SINGLE_NEW = 128, 256
 SIZES = {"1.37B": LARGE, "6.7B": SEVEN}
 RATIO = 0.8
+CALIBRATION = 4, 128
+"""Sequences and tokens of each."""
 
 
 def main() -> None:
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--turns", type=int, default=3, help="of the engine, each with other prompts")
     parser.add_argument("--subset", type=int, default=4, help="requests for `generate`")
+    parser.add_argument("--method", choices=METHODS, default="grouped", help="of what is sparse")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[], help="of `single`, beside dense")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of `single`")
     parser.add_argument("--profile", action="store_true", help="GPU time of each kernel of the engine's steps")
@@ -122,6 +124,7 @@ def main() -> None:
             "single": lambda: single(
                 folder,
                 {"smoke": SMOKE} if arguments.smoke else {name: SIZES[name] for name in arguments.sizes},
+                arguments.method,
                 arguments.sparsity,
                 device,
                 profile=profile,
@@ -203,7 +206,13 @@ def show_kernels(engine: Engine, work: list[Work], top: int = 16) -> None:
 
 
 def single(
-    folder: Path, shapes: dict[str, ModelConfig], levels: list[float], device: torch.device, *, profile: bool
+    folder: Path,
+    shapes: dict[str, ModelConfig],
+    method: Method,
+    levels: list[float],
+    device: torch.device,
+    *,
+    profile: bool,
 ) -> list[dict[str, Any]]:
     """One sequence alone, of every size, dense and at every level."""
     rate = copy_bytes_per_second(device, size=2**26 if "smoke" in shapes else 2**32)
@@ -211,34 +220,43 @@ def single(
     tokenizer = load_tokenizer(folder)
     rows = []
     for name, config in shapes.items():
-        dense = single_row(name, config, 0.0, tokenizer, rate, device, profile=profile)
+        dense = single_row(name, config, method, 0.0, tokenizer, rate, device, profile=profile)
         rows.append(dense)
         for sparsity in levels:
             free(device)
-            row = single_row(name, config, sparsity, tokenizer, rate, device, profile=profile)
+            row = single_row(name, config, method, sparsity, tokenizer, rate, device, profile=profile)
             row["speedup"] = row["tokens_per_second"] / dense["tokens_per_second"]
-            say(f"{name}, sparsity {sparsity:g}: {row['speedup']:.3f} times the dense model's tokens/s")
+            say(f"{name}, {method} {sparsity:g}: {row['speedup']:.3f} times the dense model's tokens/s")
             rows.append(row)
         free(device)
     return rows
 
 
-def make_sparse(model: Rack, sparsity: float) -> tuple[SparseRows, float]:
-    """Makes a random model sparse. Also the share of its Blocks' weights that is skipped."""
-    rows, split = SparseRows(), ratio_split(model.config, sparsity, RATIO)
-    choices = {place: Choice(round((1 - share) * input_size(model.config, *place))) for place, share in split.items()}
-    for place, selector in install(model, "rotated_wina", rows).items():
-        selector.choice = choices[place]
-    return rows, make_level(model.config, choices).skipped
+def make_sparse(model: Rack, method: Method, sparsity: float) -> tuple[SparseRows, float]:
+    """Makes a random model sparse, calibrated on random tokens. Also the share of its weights that is skipped."""
+    tokens_BT = torch.randint(model.config.vocab_size, CALIBRATION, generator=torch.Generator().manual_seed(0))
+    levels = Levels(model, method, tokens_BT)
+    level = levels.made(ratio_split(model.config, sparsity, RATIO), sparsity)
+    for place, selector in levels.selectors.items():
+        selector.choice = level.choices[place]
+    return levels.rows, level.skipped
 
 
 def single_row(
-    name: str, config: ModelConfig, sparsity: float, tokenizer: Any, rate: float, device: torch.device, *, profile: bool
+    name: str,
+    config: ModelConfig,
+    method: Method,
+    sparsity: float,
+    tokenizer: Any,
+    rate: float,
+    device: torch.device,
+    *,
+    profile: bool,
 ) -> dict[str, Any]:
     """One sequence alone, of one model; a sparsity of 0 is the dense one."""
     model = random_model(config, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows, skipped = make_sparse(model, sparsity) if sparsity else (None, 0.0)
+    rows, skipped = make_sparse(model, method, sparsity) if sparsity else (None, 0.0)
     if not sparsity and device.type == "cuda":
         join(model)  # as `load_engine` does
     prompt, new = (16, 16) if config is SMOKE else (SINGLE_PROMPT, SINGLE_NEW)
@@ -255,13 +273,14 @@ def single_row(
     read = 2 * (parameters - model.embedding.weight.numel() * (not config.tie_embeddings))
     read -= 2 * round(skipped * block_weights(config))
     step, floor = statistics.mean(seconds), read / rate
-    kind = f"sparsity {sparsity:g}" if sparsity else "dense"
+    kind = f"{method} {sparsity:g}" if sparsity else "dense"
     say(
         f"{name}, one sequence, {kind}: {1 / step:,.1f} tokens/s, {1e3 * step:.3f} ms a token; "
         f"the floor of {read / 1e9:.2f} GB is {1e3 * floor:.3f} ms, {floor / step:.1%} of it"
     )
     return {
         "name": name,
+        "method": method if sparsity else "dense",
         "sparsity": sparsity,
         "skipped": skipped,
         "parameters": parameters,

@@ -74,7 +74,7 @@ class Levels:
         """
         self.taken[sparsity] = split
         if split == "uniform":
-            return self._level(allocate.uniform(self.config, sparsity), sparsity)
+            return self.made(allocate.uniform(self.config, sparsity), sparsity)
         best, lowest = allocate.best_ratio(self.config, sparsity, self.cost)
         if split == "search":
             if self._costs is None:
@@ -84,7 +84,7 @@ class Levels:
                 best = found
             else:
                 self.taken[sparsity] = "ratio"
-        return self._level(best, sparsity)
+        return self.made(best, sparsity)
 
     def zeros(self) -> Level:
         """The one level of method `relu`: the hidden units that are zero, of which there are as many as the calibration
@@ -112,7 +112,8 @@ class Levels:
         self.tokens += batch[0].numel()
         return policy_loss(self.model, self.rows, batch, policy, batch_size=self.batch_size)[0]
 
-    def _level(self, split: Split, sparsity: float) -> Level:
+    def made(self, split: Split, sparsity: float) -> Level:
+        """The level of a split that drops that much; thresholds are fitted to it."""
         choices = self.choices(split)
         return make_level(self.config, self._fitted(choices, sparsity) if self.method in THRESHOLDED else choices)
 
