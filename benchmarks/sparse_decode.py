@@ -196,8 +196,8 @@ def kept(size: int, share: float) -> int:
 
 def even(size: int, share: float) -> Groups:
     """Groups that all keep about as much."""
-    keep_G = torch.tensor([kept(own, share) for own in group_sizes(size)], dtype=torch.int32, device=DEVICE)
-    return groups_of(keep_G, torch.rand(size, device=DEVICE) + 0.5)
+    counts = [kept(own, share) for own in group_sizes(size)]
+    return groups_of(counts, DEVICE, torch.rand(size, device=DEVICE) + 0.5)
 
 
 def milliseconds(run: Callable[[], object]) -> float:

@@ -7,6 +7,7 @@ A group is as much as one program of a product makes. So a product chooses from 
 Shapes: R rows, D entries, G groups, N entries of a group, K kept, P parts of a sum.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Groups(NamedTuple):
     """Entries of each group, int32."""
     first_G: Tensor
     """Those of all groups before it, int32."""
-    scale_D: Tensor | None
+    scale_D: Tensor | None = None
     """Factors on the magnitudes, for scores; None for none."""
     gain_D: Tensor | None = None
     """Factors on the entries themselves, such as a norm's gains, before anything else."""
@@ -44,10 +45,10 @@ class Listed(NamedTuple):
     of a row in fp64, that."""
 
 
-def groups_of(keep_G: Tensor, scale_D: Tensor | None, gain_D: Tensor | None = None) -> Groups:
-    """Groups of which each keeps its own number of entries, int32."""
-    first_G = keep_G.cumsum(0, dtype=torch.int32) - keep_G
-    return Groups(int(keep_G.sum()), keep_G, first_G, scale_D, gain_D)
+def groups_of(counts: Sequence[int], device: torch.device, scale_D: Tensor | None = None) -> Groups:
+    """Groups of which each keeps its own number of entries, on the device that the rows are on."""
+    keep_G = torch.tensor(counts, dtype=torch.int32, device=device)
+    return Groups(sum(counts), keep_G, keep_G.cumsum(0, dtype=torch.int32) - keep_G, scale_D)
 
 
 def group_sizes(size: int) -> tuple[int, ...]:

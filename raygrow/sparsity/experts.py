@@ -22,8 +22,9 @@ class SparseMoe(nn.Module):
     """A norm, experts and the residual stream around both.
 
     The experts of a token share what is kept of their input; of what `down` reads each keeps its own. The router reads
-    everything. While no more slots than experts are asked for and all tokens are sparse, each slot reads what it keeps
-    of its expert; else experts are read whole, by all of their tokens together.
+    everything. While no more slots than experts are asked for, all tokens are sparse and what is kept is chosen from
+    whole rows, each slot reads what it keeps of its expert; else experts are read whole, by all of their tokens
+    together.
 
     Args:
         moe: It loses its experts, which are here from now on, input-major.
@@ -45,10 +46,12 @@ class SparseMoe(nn.Module):
         self.up_bias_EG = constant(torch.cat([p.bias.detach() for p in reading], 1)) if biased else None
         self.down_bias_ED = experts.down.bias
         # an entry of the input is one thing for all experts; hidden units of theirs have nothing to do with each other
-        of_x = Selector(
-            self.up_EDG.shape[1], column_norms(self.up_EDG.transpose(0, 1).flatten(1)) if weighted else None
+        scale_D = column_norms(self.up_EDG.transpose(0, 1).flatten(1)) if weighted else None
+        device = self.up_EDG.device
+        self.selectors = (
+            Selector(self.up_EDG.shape[1], device, scale_D),
+            Selector(self.down_EFD.shape[1], device),
         )
-        self.selectors = of_x, Selector(self.down_EFD.shape[1])
         self.scale_EF = column_norms(self.down_EFD) if weighted else None
 
     def forward(self, x_BTD: Tensor, residual_BTD: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ class SparseLinear(nn.Module):
         weight_DF = torch.cat([projection.weight.detach() for projection in projections]).T.contiguous()
         self.weight_DF = constant(weight_DF)
         self.register_parameter("bias_F", joined_bias(projections))
-        self.selector = Selector(len(weight_DF), column_norms(weight_DF) if weighted else None)
+        scale_D = column_norms(weight_DF) if weighted else None
+        self.selector = Selector(len(weight_DF), weight_DF.device, scale_D)
         self.readers: tuple[SparseLinear, ...] = ()  # a tuple, which torch.nn does not register
         """What reads the output as it is, if anything does: where it chooses by groups, it is told what it keeps."""
         self._told: tuple[Tensor, Listed] | None = None

@@ -63,11 +63,12 @@ class Selector:
 
     Args:
         size: Entries of the input.
+        device: That it is on.
         scale_D: Factors on the magnitudes, for scores; None for none.
     """
 
-    def __init__(self, size: int, scale_D: Tensor | None = None) -> None:
-        self.size, self.scale_D = size, scale_D
+    def __init__(self, size: int, device: torch.device, scale_D: Tensor | None = None) -> None:
+        self.size, self.device, self.scale_D = size, device, scale_D
         self._choice = Choice(size)  # all entries, until somebody chooses
         self.groups: Groups | None = None
         """What is kept, where it is chosen by groups."""
@@ -84,11 +85,7 @@ class Selector:
     @choice.setter
     def choice(self, choice: Choice) -> None:
         self._choice = choice
-        self.groups = None
-        if choice.groups is not None:
-            device = None if self.scale_D is None else self.scale_D.device
-            keep_G = torch.tensor(choice.groups, dtype=torch.int32, device=device)
-            self.groups = groups_of(keep_G, self.scale_D)
+        self.groups = None if choice.groups is None else groups_of(choice.groups, self.device, self.scale_D)
 
     @property
     def of_row(self) -> bool:

@@ -25,17 +25,14 @@ SIZES = [32, 100, 160, 4096]
 
 
 def some_groups(size: int, device: str = "cpu", *, scaled: bool = True, gained: bool = False) -> Groups:
-    """Each group keeps another number of its entries, one none and one all."""
+    """Each group keeps another number of its entries; where there are enough of them one none, one all."""
     generator = torch.Generator().manual_seed(size)
     sizes_G = torch.tensor(group_sizes(size))
     keep_G = (torch.rand(len(sizes_G), generator=generator) * (sizes_G + 1)).to(torch.int32).minimum(sizes_G)
-    keep_G[0], keep_G[-1] = GROUP, min(3, sizes_G[-1])
+    keep_G[0], keep_G[-1], keep_G[1:-1][:1] = GROUP, min(3, sizes_G[-1]), 0
     scale_D, gain_D = (torch.rand(size, generator=generator) + 0.5 for _ in range(2))
-    return groups_of(
-        keep_G.to(torch.int32).to(device),
-        scale_D.to(device) if scaled else None,
-        gain_D.to(device) if gained else None,
-    )
+    groups = groups_of(keep_G.tolist(), torch.device(device), scale_D.to(device) if scaled else None)
+    return groups._replace(gain_D=gain_D.to(device)) if gained else groups
 
 
 def row(size: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:

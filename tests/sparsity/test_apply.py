@@ -267,6 +267,15 @@ def test_projections_that_tell_each_other_what_is_kept_compute_the_same(kind, mo
     assert len(listed) == (asked - told) * TEXT.shape[1]
 
 
+@pytest.mark.parametrize("kind", ["gqa", "mixtral"])
+@torch.no_grad()
+def test_groups_are_on_the_device_of_the_model(kind):
+    model = rack(kind).to("meta")
+    for place, selector in install(model, "grouped", SparseRows()).items():
+        selector.choice = half("grouped", input_size(model.config, *place))
+        assert {selector.groups.keep_G.device.type, selector.groups.first_G.device.type} == {"meta"}, place
+
+
 @torch.no_grad()
 def test_a_list_of_another_token_is_not_taken():
     model = rack("gqa")
