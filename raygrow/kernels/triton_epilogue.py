@@ -23,9 +23,11 @@ def gate(gate_f, up_f):
 
 @triton.jit
 def finish(y, bias, addend, out, where, features, real):
-    """Adds a bias and what else is to be added, where there are any, and stores."""
+    """Adds a bias and what else is to be added, where there are any, and stores. Returns it as it is stored."""
     if bias is not None:
         y += tl.load(bias + features, mask=real, other=0.0).to(tl.float32)
     if addend is not None:
         y += tl.load(addend + where, mask=real, other=0.0).to(tl.float32)
-    tl.store(out + where, y.to(out.dtype.element_ty), mask=real)
+    rounded = y.to(out.dtype.element_ty)
+    tl.store(out + where, rounded, mask=real)
+    return rounded

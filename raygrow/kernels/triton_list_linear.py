@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raygrow.kernels.group_select import GROUP, Groups, Listed
 from raygrow.kernels.row_linear import Around
-from raygrow.kernels.triton_epilogue import folded, gate
+from raygrow.kernels.triton_epilogue import finish, folded, gate
 from raygrow.kernels.triton_group_select import empty_list, list_largest
 from raygrow.kernels.triton_row_linear import Tiling
 
@@ -65,12 +65,7 @@ def _list_linear(
             up_f *= factor
     if GATED:
         y_f = gate(y_f, up_f)
-    if bias is not None:
-        y_f += tl.load(bias + f, mask=real_f, other=0.0).to(tl.float32)
-    if addend is not None:
-        y_f += tl.load(addend + f, mask=real_f, other=0.0).to(tl.float32)
-    rounded_f = y_f.to(out.dtype.element_ty)
-    tl.store(out + f, rounded_f, mask=real_f)
+    rounded_f = finish(y_f, bias, addend, out, f, f, real_f)
     if THEN:
         list_largest(
             rounded_f.to(tl.float32), f, real_f, then_keep, then_first, then_scale, then_gain,
