@@ -33,7 +33,7 @@ class Levels:
     Args:
         model: On its device.
         method: Which entries are kept.
-        tokens_BT: The calibration text, which thresholds are made on.
+        tokens_BT: The calibration text, which thresholds and groups are made on.
         searched: How many of its sequences, the first, splits are tried out on; all when not given.
         batch_size: Sequences at a time.
     """

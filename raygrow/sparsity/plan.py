@@ -26,7 +26,7 @@ from raygrow.sparsity.inputs import (
     input_weights,
     places,
 )
-from raygrow.sparsity.methods import METHODS, Choice, Method, Rotation
+from raygrow.sparsity.methods import METHODS, THRESHOLDED, Choice, Method, Rotation
 from raygrow.weights.fingerprint import fingerprint
 from raygrow.weights.folder import ModelFolder
 from raygrow.weights.json_file import read_json
@@ -169,6 +169,8 @@ def _read_level(tree: dict[str, Any], config: ModelConfig, method: Method) -> Le
             raise ValueError(
                 f"block {block}: the groups of `{name}` do not make up what it keeps, {choice.keep} entries"
             )
+        if not _fits(choice, size, method):
+            raise ValueError(f"block {block}: what is kept of `{name}` is not chosen as method {method} does")
         choices[block, name] = choice
     return make_level(config, choices, method)
 
@@ -183,6 +185,14 @@ def _fills(groups: Sequence[Any], keep: int, size: int) -> bool:
     most = group_sizes(size)
     whole = len(groups) == len(most) and all(type(n) is int and 0 <= n <= m for n, m in zip(groups, most, strict=True))
     return whole and sum(groups) == keep
+
+
+def _fits(choice: Choice, size: int, method: Method) -> bool:
+    """Whether an input that drops something says by what it is chosen: a threshold, groups or nothing but a number."""
+    if method == "relu":  # is not chosen: it is zero
+        return choice.groups is None
+    by = choice.threshold is not None, choice.groups is not None
+    return by == (method in THRESHOLDED, method == "grouped") or (choice.keep == size and not any(by))
 
 
 def _one_of(content: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:

@@ -352,6 +352,18 @@ def damaged(change):
             damaged(lambda content: content["levels"]["0.4"]["blocks"][1].update(o={"keep": 9, "groups": [8]})),
             "block 1: the groups of `o` do not make up what it keeps, 9 entries",
         ),
+        (
+            damaged(lambda content: content["levels"]["0.4"]["blocks"][1].update(o={"keep": 9, "groups": [9]})),
+            "block 1: what is kept of `o` is not chosen as method topk does",
+        ),
+        (
+            damaged(lambda content: content.update(method="grouped")),
+            "block 0: what is kept of `attention` is not chosen as method grouped does",
+        ),
+        (
+            damaged(lambda content: content.update(method="teal")),
+            "block 0: what is kept of `attention` is not chosen as method teal does",
+        ),
         (damaged(lambda content: content["levels"].update({"0.9": content["levels"].pop("0.4")})), "was made for 0.9"),
     ],
 )
