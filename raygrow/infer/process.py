@@ -31,7 +31,7 @@ from raygrow.infer.request import Delta
 logger = logging.getLogger(__name__)
 
 HANGING_SECONDS = 300
-"""A process whose Python has not come to answer a question for this long ends itself."""
+"""A process whose Python has not come to look for a question for this long ends itself."""
 SECONDS_TO_END = 10.0
 CHILD = "import sys; sys.path[:] = {path}; from raygrow.infer.process import serve; serve({pipe})"
 PARENT_DEATH_SIGNAL = 1
@@ -131,6 +131,7 @@ class EngineProcess(Streams):
             raise RuntimeError(f"the engine did not start: {self._ended()}") from error
         except BaseException:
             self._process.kill()
+            self._process.wait()
             raise
         if problem is not None:
             self._ended()
@@ -221,9 +222,11 @@ def _answer(engine: Engine, pipe: Connection) -> None:
 
     thread: EngineThread[int] = EngineThread(engine, give, stuck_seconds=STUCK_SECONDS)
     while True:
+        while not pipe.poll(HANGING_SECONDS / 3):  # nobody asks for anything, and all is well
+            _watch()
         match _read(pipe):
             case None:
-                faulthandler.dump_traceback_later(HANGING_SECONDS, exit=True)  # by a thread that needs no Python
+                _watch()
                 with sending:
                     _write(pipe, _stats(thread))
             case number, None:
@@ -233,6 +236,11 @@ def _answer(engine: Engine, pipe: Connection) -> None:
                     thread.begin(number, request)
                 except EngineEnded as error:
                     give([(number, error)])
+
+
+def _watch() -> None:
+    """Ends this process unless it is called again in time."""
+    faulthandler.dump_traceback_later(HANGING_SECONDS, exit=True)  # by a thread that needs no Python
 
 
 def _stats(thread: EngineThread) -> EngineStats | RuntimeError:

@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raygrow.infer import process
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import load_engine
+from raygrow.infer.engine import Engine, load_engine
 from raygrow.infer.process import EngineProcess
 from raygrow.infer.request import Delta, PromptTooLong, Request
 from raygrow.nn.config import ModelConfig
@@ -131,6 +132,21 @@ def test_the_end_of_its_process_ends_all_requests(folder: Path, killed: bool):
 
     with started(folder) as engine:
         asyncio.run(main(engine))
+
+
+def impatient(folder: Path) -> Engine:
+    process.HANGING_SECONDS = 2.0
+    return load_engine(folder)
+
+
+def test_nobody_has_to_ask_it_anything(folder: Path):
+    async def main(engine: EngineProcess) -> None:
+        await engine.stats()
+        await asyncio.sleep(2.5)
+        await engine.stats()
+        await engine.close()
+
+    asyncio.run(main(EngineProcess(partial(impatient, folder))))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process that is stopped sees no end of a pipe")
