@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 HANGING_SECONDS = 300
 """A process whose Python has not come to look for a question for this long ends itself."""
 SECONDS_TO_END = 10.0
-CHILD = "import sys; sys.path[:] = {path}; from raygrow.infer.process import serve; serve({pipe})"
+CHILD = "import sys; sys.path[:] = {path}; from raygrow.infer.process import serve; serve({pipe}, {parent})"
 PARENT_DEATH_SIGNAL = 1
 """Of prctl(2)."""
 
@@ -122,7 +122,8 @@ class EngineProcess(Streams):
         self._pipe, theirs = Pipe()
         with theirs:
             number = theirs.fileno()
-            code = CHILD.format(path=sys.path, pipe=number)  # modules may be in places that only this process knows
+            # modules may be in places that only this process knows
+            code = CHILD.format(path=sys.path, pipe=number, parent=os.getpid())
             self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[number])
         try:
             _write(self._pipe, load)
@@ -180,15 +181,18 @@ class EngineProcess(Streams):
         return f"its process has ended (exit status {status})"
 
 
-def serve(descriptor: int) -> None:
+def serve(descriptor: int, parent: int) -> None:
     """The engine's process.
 
     Args:
         descriptor: Its end of the pipe.
+        parent: The process at the other end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all, and the other process says when to end
     if sys.platform == "linux":  # elsewhere the end of the pipe has to do, which a process that hangs does not see
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before it could be said that this one is to end with it
+        os._exit(0)
     pipe = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
         engine = _load(pipe)
