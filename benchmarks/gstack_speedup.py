@@ -31,7 +31,7 @@ from matplotlib import pyplot as plt
 
 from raygrow.report.estimate import estimate, interval, percents
 from raygrow.report.plots import STYLE
-from raygrow.report.search import Contest, Setting, load_search
+from raygrow.report.search import Contest, Setting, is_search, load_search
 from raygrow.report.search_savings import decayed_speedup, speedup
 
 PLOT = Path(__file__).with_suffix(".png")
@@ -85,7 +85,8 @@ def final_plan(name: str, folder: Path) -> list[str]:
     if name == "final-scratch":
         return [*SCRATCH, *AT_LENGTH, "train.optimizer.lr=6e-4", SCRATCH_BUDGETS]
     searched = folder / "growth"
-    best = max(load_search([searched]).contests, key=lambda contest: contest.flops).best if searched.exists() else None
+    contest = load_search([searched]).contest if is_search(searched) else None
+    best = contest.best if contest else None
     if not best or not best.base:
         raise SystemExit(f"{name} takes what `growth` has found, and {searched} has no finished trial: run that first")
     factor = f"{STACKED}.growth.factor"
