@@ -75,7 +75,7 @@ class _New(NamedTuple):
 
 
 class Engine:
-    """Continues requests. Synchronous, for one thread: `loop.EngineLoop` gives it one.
+    """Continues requests. Synchronous, for one thread: `loop.EngineThread` gives it one.
 
     Args:
         model: In the dtype and on the device that it is to run in.

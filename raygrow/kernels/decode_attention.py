@@ -1,6 +1,6 @@
 """Attention of one new token per sequence over itself and all the tokens that its slot of a key-value cache holds.
 
-`decode_attention` picks the Triton kernel on CUDA and its torch twin elsewhere.
+`listing_decode_attention` picks the Triton kernel on CUDA and its torch twin elsewhere.
 Shapes: R rows (sequences), S slots, T tokens, N heads, K key-value heads, G = N / K heads that share one, H head dim.
 """
 

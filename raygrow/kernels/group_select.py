@@ -1,6 +1,6 @@
 """The largest entries of each group of neighbours, as many of every row.
 
-A group is as much as one program of a product makes. So a product chooses from its own output what the next one reads
+One program of a product makes whole groups. So a product chooses from its own output what the next one reads
 (`kernels/list_linear.py`): nothing waits for all of a row, as it would have to for the largest entries of the whole.
 
 `list_groups` picks the Triton kernel on CUDA and its torch twin elsewhere.

@@ -1,7 +1,7 @@
 """A linear projection of one row that reads only the weights of listed entries, and lists what the next one reads.
 
 `list_linear` picks the Triton kernel on CUDA and its torch twin elsewhere.
-Shapes: D input, F output.
+Shapes: D input, F output, K listed.
 """
 
 import torch

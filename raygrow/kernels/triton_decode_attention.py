@@ -2,7 +2,8 @@
 
 One program reads one part of one row's keys and values of one key-value head, for all the heads that share it. The last
 program of a row and head to end puts the parts together, in their order. How a row is split depends on its length and
-on how many rows there are, not on what the others hold; parts that a row does not have return at once.
+on how many rows there are, not on what the others hold; parts that a row does not have return at once. What is put
+together is whole groups of entries, of which what is kept is listed if the next product asks for it.
 
 Shapes: R rows, S slots, T tokens, N heads, K key-value heads, G heads that share one, H head dim, P parts.
 """
@@ -164,7 +165,7 @@ def decode_attention_triton(
     positions_R: Tensor,
     then: Groups | None = None,
 ) -> tuple[Tensor, Listed | None]:
-    """Same contract as `decode_attention`. Products in the dtype of the cache, sums in fp32."""
+    """Same contract as `listing_decode_attention`. Products in the dtype of the cache, sums in fp32."""
     rows, heads, dim = q_RNH.shape
     kv_heads = k_STKH.shape[2]
     shared = heads // kv_heads
