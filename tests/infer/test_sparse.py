@@ -322,6 +322,21 @@ def test_sparse_tokens_on_a_gpu(each_sparse: SparseSubject, enforce_eager: bool)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("method", [*THRESHOLDED, "grouped"])
+@pytest.mark.parametrize("shape", ["llama gqa tied", "mixtral gqa"])
+def test_other_ways_to_choose_on_a_gpu(
+    subject_of: Callable[[str], Subject], tmp_path: Path, shape: str, method: Method
+):
+    threshold = 0.4 if method in THRESHOLDED else None
+    made = SparseSubject(subject_of(shape), tmp_path / "other", method=method, threshold=threshold)
+    given = prompts(4, vocab_size=made.vocab_size)
+    expected = [made.greedy(prompt, 25) for prompt in given]
+    engine = made.engine(device="cuda", dtype="float32")
+    assert run_together(engine, given) == expected
+    assert [run_alone(engine, prompt, 25) for prompt in given] == expected
+
+
+@pytest.mark.gpu
 def test_sparse_tokens_in_bf16_are_there(each_sparse: SparseSubject):
     """With sizes that torch's grouped products take, and selections where bf16 has many equal entries."""
     engine = each_sparse.engine(device="cuda", max_num_seqs=12)
