@@ -30,7 +30,8 @@ def test_what_is_no_number_is_refused(damage: float) -> None:
 @pytest.mark.parametrize("keep", [1, 40, 90, 100])
 def test_no_other_groups_of_as_many_keep_more_energy(keep: int) -> None:
     generator = torch.Generator().manual_seed(3)
-    score_RD = torch.rand(500, 100, generator=generator) * torch.linspace(0.2, 2.0, 100)[torch.randperm(100)]
+    sizes_D = torch.linspace(0.2, 2.0, 100)[torch.randperm(100, generator=generator)]
+    score_RD = torch.rand(500, 100, generator=generator) * sizes_D
     energy = RankedEnergy(100)
     for part in score_RD.split(200):
         energy.add(part)
