@@ -76,6 +76,8 @@ ARMS = (
     Arm("rotated_wina", "global", "search"),
     Arm("rotated_teal", "block", "search"),
     Arm("rotated_teal", "global", "search"),
+    Arm("grouped", "none", "search"),
+    Arm("grouped", "global", "search"),
 )
 
 

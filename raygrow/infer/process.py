@@ -193,6 +193,8 @@ def serve(descriptor: int, parent: int) -> None:
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it has ended before it could be said that this one is to end with it
         os._exit(0)
+    logging.basicConfig(format="%(message)s")  # to stderr, as the other process's
+    logging.getLogger("raygrow").setLevel(logging.INFO)
     pipe = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
         engine = _load(pipe)
