@@ -170,7 +170,7 @@ def measure_speed(arms: dict[str, Any], shape: str, tokenizer: Any, device: torc
         if kind == "swiglu":
             model = random_model(config, device)
             yield {"arm": name, "sparse": False, "ms": speeds(model, tokenizer, device, smoke=smoke)}
-            rows, skipped = make_sparse(model, SPEED_LEVEL)
+            rows, skipped = make_sparse(model, "rotated_wina", SPEED_LEVEL)
             found = speeds(model, tokenizer, device, rows=rows, smoke=smoke)
             yield {"arm": name, "sparse": True, "skipped": skipped, "ms": found}
         else:
