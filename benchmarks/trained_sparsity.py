@@ -230,6 +230,8 @@ def main() -> None:
     bench = Bench(options.folder, smoke=smoke, per_gpu=1)
     chosen = arms(options.kinds, [0.0, 5.0] if smoke else options.l1, d_ff=SMOKE_D_FF if smoke else D_FF)
     kept = bench.folder / "arms.json"
+    if "train" not in options.stages and not kept.exists():
+        parser.error(f"speed takes what `train` has left in {bench.folder}, where there is nothing: run that too")
     if "train" in options.stages:
         folders = train(bench, chosen, 30e3 if smoke else options.tokens)
         sizes: dict[str, Any] = {"sequences": 4, "evaluate_sequences": 8} if smoke else {"evaluate_sequences": 256}
