@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 
 from raygrow.infer.kv_cache import KvCache
-from raygrow.kernels.decode_attention import listing_decode_attention
+from raygrow.kernels.decode_attention import decode_attention
 from raygrow.kernels.group_select import GROUP
 from raygrow.kernels.rotary import rotate_fused
 from raygrow.nn.attention import Attend, Rope
@@ -57,17 +57,17 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
 
 def cache_attends(model: Rack, cache: KvCache, decodes: Decodes | None, stretches: list[Stretch]) -> list[Attend]:
     """One attention function per Block: stores the step's keys and values, and attends to all of each sequence."""
+    alone = decodes is not None and len(decodes.slots_R) == 1 and not stretches
     return [
-        partial(_attend, k_cache, v_cache, decodes, stretches, _listing_reader(block, decodes, stretches))
+        partial(_attend, k_cache, v_cache, decodes, stretches, _listing_reader(block) if alone else None)
         for block, k_cache, v_cache in zip(model.blocks, cache.k, cache.v, strict=True)
     ]
 
 
-def _listing_reader(block: Any, decodes: Decodes | None, stretches: list[Stretch]) -> SparseLinear | None:
+def _listing_reader(block: Any) -> SparseLinear | None:
     """What reads a Block's attention, if it wants what it keeps of a token alone listed, and heads are whole groups."""
-    alone = decodes is not None and len(decodes.slots_R) == 1 and not stretches
     o, whole = block.attention.o, block.attention.head_dim % GROUP == 0
-    return o if alone and whole and isinstance(o, SparseLinear) and o.groups else None
+    return o if whole and isinstance(o, SparseLinear) and o.groups else None
 
 
 def _attend(
@@ -87,7 +87,7 @@ def _attend(
         first = len(decodes.slots_R)
         new = q_TNH[:first], k_TKH[:first], v_TKH[:first], (rope[0][:first], rope[1][:first])
         given = *new, k_cache, v_cache, decodes.slots_R, decodes.positions_R
-        out_RNH, listed = listing_decode_attention(*given, reader.groups if reader else None)
+        out_RNH, listed = decode_attention(*given, reader.groups if reader else None)
         if reader and listed:
             reader.tell(out_RNH, listed)
         parts.append(out_RNH)

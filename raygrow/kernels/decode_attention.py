@@ -1,6 +1,6 @@
 """Attention of one new token per sequence over itself and all the tokens that its slot of a key-value cache holds.
 
-`listing_decode_attention` picks the Triton kernel on CUDA and its torch twin elsewhere.
+`decode_attention` picks the Triton kernel on CUDA and its torch twin elsewhere.
 Shapes: R rows (sequences), S slots, T tokens, N heads, K key-value heads, G = N / K heads that share one, H head dim.
 """
 
@@ -21,7 +21,8 @@ def decode_attention(
     v_STKH: Tensor,
     slots_R: Tensor,
     positions_R: Tensor,
-) -> Tensor:
+    then: Groups | None = None,
+) -> tuple[Tensor, Listed | None]:
     """Turns each row's query and key to its position, stores key and value there, and attends to all up to there.
 
     A row's result does not depend on the rows beside it. Nothing beyond a row's position is read.
@@ -37,25 +38,11 @@ def decode_attention(
             that makes sense.
         positions_R: How many tokens the slot holds before this one, int64. On CUDA nothing waits for it, and the
             launch depends on shapes only, so a CUDA graph can be replayed for other slots and positions.
+        then: What is to be kept of the output: of one row, of heads in whole groups.
 
     Returns:
-        `(R, N, H)`.
+        `(R, N, H)`, and what is kept of it if that is asked for.
     """
-    return listing_decode_attention(q_RNH, k_RKH, v_RKH, rope, k_STKH, v_STKH, slots_R, positions_R, None)[0]
-
-
-def listing_decode_attention(
-    q_RNH: Tensor,
-    k_RKH: Tensor,
-    v_RKH: Tensor,
-    rope: tuple[Tensor, Tensor],
-    k_STKH: Tensor,
-    v_STKH: Tensor,
-    slots_R: Tensor,
-    positions_R: Tensor,
-    then: Groups | None,
-) -> tuple[Tensor, Listed | None]:
-    """`decode_attention`, and what is kept of its output if `then` asks: of one row, of heads in whole groups."""
     given = q_RNH, k_RKH, v_RKH, rope, k_STKH, v_STKH, slots_R, positions_R
     if q_RNH.is_cuda and q_RNH.dtype != torch.float64:
         from raygrow.kernels.triton_decode_attention import decode_attention_triton

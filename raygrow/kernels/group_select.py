@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raygrow.kernels.sparse_linear import scored
+
 GROUP = 32
 """Entries of a group; the last one may have fewer."""
 
@@ -93,8 +95,7 @@ def list_groups_torch(x_1D: Tensor, groups: Groups) -> Listed:
     wide_1D = x_1D.to(torch.promote_types(x_1D.dtype, torch.float32))
     if groups.gain_D is not None:
         x_1D = (wide_1D * groups.gain_D).to(x_1D.dtype)
-    score_1D = x_1D.abs() if groups.scale_D is None else x_1D.abs() * groups.scale_D
-    index_K = group_kept(score_1D, groups.keep_G)[0].nonzero()[:, 0]
+    index_K = group_kept(scored(x_1D, groups.scale_D), groups.keep_G)[0].nonzero()[:, 0]
     return Listed(index_K.to(torch.int32), x_1D[0, index_K], wide_1D.square().sum(1))
 
 

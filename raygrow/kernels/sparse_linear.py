@@ -90,8 +90,12 @@ def above(x_RD: Tensor, threshold: float, scale: Tensor | None = None) -> Tensor
         threshold: Of all entries.
         scale: As of `select`.
     """
-    score_RD = x_RD.abs() if scale is None else x_RD.abs() * scale
-    return torch.where(score_RD > threshold, x_RD, 0)
+    return torch.where(scored(x_RD, scale) > threshold, x_RD, 0)
+
+
+def scored(x_RD: Tensor, scale: Tensor | None) -> Tensor:
+    """What entries are chosen by: their size, weighted by a `scale` as of `select` where there is one."""
+    return x_RD.abs() if scale is None else x_RD.abs() * scale
 
 
 def sparse_linear(

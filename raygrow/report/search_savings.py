@@ -34,7 +34,8 @@ def decayed_speedup(contests: Sequence[Contest]) -> Estimate | None:
     """Speedup between runs that are each at the end of their own budget, learning rate decayed.
 
     Takes the best setting and the control of every budget, each where there is one; needs two budgets of both. Straight
-    lines between budgets lie above a loss curve's bend, which makes the speedup rather smaller than larger.
+    lines between budgets lie above a loss curve's bend: the arm that comes lower seems to need more than it does. That
+    makes the speedup rather smaller where it is the grown one, and rather larger where it is the control.
     """
     arms = [[c.best for c in contests if c.best], [c.control for c in contests if c.control]]
     if min(map(len, arms)) < 2:

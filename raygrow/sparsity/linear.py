@@ -89,8 +89,8 @@ class SparseLinear(nn.Module):
         """One token, which reads what it keeps."""
         threshold, scale_D = self.selector.choice.threshold, self.selector.scale_D
         around = Around(bias_F=self.bias_F, gated=self.gated, addend_RF=addend_1F)
-        if self.groups is not None:
-            return self._of_groups(x_1D, self.groups, around)
+        if groups := self.groups:
+            return self._of_groups(x_1D, groups, around)
         if threshold is None:
             kept = selected(x_1D, self.selector, self.norm)
             return sparse_linear(kept, self.weight_DF, self.bias_F, addend_RF=addend_1F, gated=self.gated)

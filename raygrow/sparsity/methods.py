@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from raygrow.kernels.group_select import Groups, group_kept, groups_of
-from raygrow.kernels.sparse_linear import masked
+from raygrow.kernels.sparse_linear import above, masked, scored
 from raygrow.sparsity.scores import Histogram, RankedEnergy
 
 Method = Literal["larosa", "topk", "wina", "teal", "rotated_wina", "rotated_teal", "grouped", "relu"]
@@ -114,13 +114,12 @@ class Selector:
         scale = self.scale_D if scale_RD is None else scale_RD
         if self.of_row:
             return masked(x_RD, self.choice.keep, scale)
-        score_RD = x_RD.abs() if scale is None else x_RD.abs() * scale
         if self.scores is not None:
-            self.scores.add(score_RD)
+            self.scores.add(scored(x_RD, scale))
         if self.groups is not None:
-            return torch.where(group_kept(score_RD, self.groups.keep_G), x_RD, 0)
+            return torch.where(group_kept(scored(x_RD, scale), self.groups.keep_G), x_RD, 0)
         assert self.choice.threshold is not None, "chosen by a threshold if by nothing else"
-        left_RD = torch.where(score_RD > self.choice.threshold, x_RD, 0)
+        left_RD = above(x_RD, self.choice.threshold, scale)
         if self.seen is not None:
             self.seen = self.seen[0] + int(left_RD.count_nonzero()), self.seen[1] + left_RD.numel()
         return left_RD

@@ -93,7 +93,7 @@ def test_a_graph_is_replayed_while_pages_are_mapped() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out_RNH = decode_attention(*inputs)
+        out_RNH, _ = decode_attention(*inputs)
     slots_R[:2] = torch.tensor([4, 2], device="cuda")
     for length in range(1, 400):
         for slot in (4, 2):

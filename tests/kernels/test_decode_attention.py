@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raygrow.kernels.decode_attention import decode_attention, decode_attention_torch, listing_decode_attention
+from raygrow.kernels.decode_attention import decode_attention, decode_attention_torch
 from raygrow.kernels.group_select import list_groups_torch
 from raygrow.kernels.rotary import rotate
 from tests.kernels.test_group_select import same, some_groups
@@ -114,7 +114,7 @@ def test_twin_is_attention(
 ) -> None:
     case = random_case(heads, kv_heads, dim, lengths, dtype=dtype, blocks=blocks)
     expected = reference(case)
-    check(decode_attention(*case), case, expected, tolerance)
+    check(decode_attention(*case)[0], case, expected, tolerance)
 
 
 def test_a_row_of_the_twin_does_not_depend_on_the_rows_beside_it() -> None:
@@ -130,8 +130,8 @@ def check_listing(heads: int, kv_heads: int, dim: int, length: int, dtype: torch
     if device == "cuda":
         case, again = on_gpu(case), on_gpu(again)
     groups = some_groups(heads * dim, device)
-    out_RNH, listed = listing_decode_attention(*case, groups)
-    assert torch.equal(out_RNH, decode_attention(*again))
+    out_RNH, listed = decode_attention(*case, groups)
+    assert torch.equal(out_RNH, decode_attention(*again)[0])
     assert listed is not None
     same(listed, list_groups_torch(out_RNH.flatten(1), groups))
 
@@ -145,7 +145,7 @@ def test_no_rows_give_no_rows() -> None:
     none = slice(0)
     new = case.q_RNH[none], case.k_RKH[none], case.v_RKH[none], (case.rope[0][none], case.rope[1][none])
     cache = case.k_STKH, case.v_STKH
-    assert decode_attention(*new, *cache, case.slots_R[none], case.positions_R[none]).shape == (0, 4, 16)
+    assert decode_attention(*new, *cache, case.slots_R[none], case.positions_R[none])[0].shape == (0, 4, 16)
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -175,7 +175,7 @@ class TestKernel:
         case = random_case(heads, kv_heads, dim, lengths, dtype=dtype, blocks=blocks)
         expected, case = reference(case), on_gpu(case)
         for _ in range(2):  # the second time with tickets that the first has given back
-            check(decode_attention(*case), case, expected, tolerance)
+            check(decode_attention(*case)[0], case, expected, tolerance)
 
     @pytest.mark.parametrize("length", [1, 60, 300, 3000])
     @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 32), (12, 4, 64), (6, 1, 96), (32, 8, 128)])
@@ -189,24 +189,24 @@ class TestKernel:
         expected, case = reference(case), on_gpu(case)
         case = case._replace(k_RKH=case.k_RKH.contiguous())
         assert case.k_RKH.stride() != case.v_RKH.stride()
-        check(decode_attention(*case), case, expected, 1e-2)
+        check(decode_attention(*case)[0], case, expected, 1e-2)
 
     def test_many_parts(self) -> None:
         case = random_case(1, 1, 16, [9000], dtype=torch.bfloat16)
         expected, case = reference(case), on_gpu(case)
-        check(decode_attention(*case), case, expected, 1e-2)
+        check(decode_attention(*case)[0], case, expected, 1e-2)
 
     def test_a_row_does_not_depend_on_what_those_beside_it_hold(self) -> None:
         def fresh() -> Case:  # each stores into its cache
             return on_gpu(random_case(16, 4, 64, [5, 3000, 1, 64], dtype=torch.bfloat16))
 
-        together_RNH = decode_attention(*fresh())
+        together_RNH, _ = decode_attention(*fresh())
         for row in range(4):
             case = fresh()
             others_empty_R = torch.zeros_like(case.positions_R)
             others_empty_R[row] = case.positions_R[row]
-            assert torch.equal(decode_attention(*case._replace(positions_R=others_empty_R))[row], together_RNH[row])
-            assert relative_error(decode_attention(*case.row(row))[0], together_RNH[row]) < 1e-2
+            assert torch.equal(decode_attention(*case._replace(positions_R=others_empty_R))[0][row], together_RNH[row])
+            assert relative_error(decode_attention(*case.row(row))[0][0], together_RNH[row]) < 1e-2
 
     def test_a_cuda_graph_is_replayed_for_other_slots_and_positions(self) -> None:
         case = on_gpu(random_case(8, 2, 64, [900, 3, 257], dtype=torch.bfloat16))
@@ -217,13 +217,13 @@ class TestKernel:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out_RNH = decode_attention(*inputs)
+            out_RNH, _ = decode_attention(*inputs)
         order = torch.tensor([2, 0, 1], device="cuda")
         slots_R.copy_(case.slots_R[order])
         positions_R.copy_(case.positions_R[order])
         graph.replay()
         found_RNH = out_RNH.clone()
-        assert torch.equal(found_RNH, decode_attention(*inputs))
+        assert torch.equal(found_RNH, decode_attention(*inputs)[0])
         assert not found_RNH.isnan().any()
 
 
