@@ -5,12 +5,13 @@
     python benchmarks/serve_load.py --url http://localhost:8000    any server of this kind, OpenAI-compatible
     python benchmarks/serve_load.py --smoke                 tiny, also on a CPU: does it all work?
 
-The work is that of engine_throughput.py: a random model of 1.37B parameters in bf16, 256 requests, prompts (as token
-ids) and answers of 100 to 1024 tokens each, greedy. Three ways get the same requests: `Engine.step` called in a loop
-(`engine`, all at once only), the engine in its thread with asyncio around it (`loop`), and Ray Serve: an ingress and a
-replica, whose engine has a process of its own, asked over HTTP on localhost by streaming clients in processes of their
-own (`serve`). Each way has its own process, one after the other, so that none finds what another has cached or shares
-its memory.
+The work is that of engine_throughput.py, three times over: a random model of 1.37B parameters in bf16, 768 requests for
+256 slots, prompts (as token ids) and answers of 100 to 1024 tokens each, greedy. Three ways get the same requests:
+`Engine.step` called in a loop (`engine`, all at once only), the engine in its thread with asyncio around it (`loop`),
+and Ray Serve: an ingress and a replica, whose engine has a process of its own, asked over HTTP on localhost by
+streaming clients in processes of their own (`serve`). Each way has its own process, one after the other, so that none
+finds what another has cached or shares its memory, and fills all its slots once before it counts. That all requests
+come at one moment is the hardest for a server: `--requests 256` shows that moment by itself.
 
 TTFT: from sending a request to its first chunk. TPOT: from there to the last chunk, by the tokens after the first.
 Tokens are those of the server's own count (`stream_options.include_usage`). The rate is all new tokens by the time from
@@ -51,9 +52,8 @@ from workload import (
 )
 
 MODEL = "random"
-WARM_UP = 32
-"""Requests before those that count, with short answers."""
 WARM_UP_TOKENS = 8
+"""Of answers before those that count, as many as there are slots."""
 LEAD_SECONDS = 0.5
 """Between the start of the clients and the first request, so that all of them are there."""
 TIMEOUT_SECONDS = 600.0
@@ -97,18 +97,19 @@ Ask = Callable[[Work, Record], Awaitable[None]]
 def main() -> None:
     """Measures, prints, writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--requests", type=int, default=768)
+    parser.add_argument("--slots", type=int, default=256, help="requests that the engine runs at once")
     parser.add_argument("--rate", type=float, help="requests a second, at random moments; all at once when not given")
     parser.add_argument("--concurrency", type=int, help="requests that are open at once, at most")
     parser.add_argument("--clients", type=int, default=CLIENTS, help="processes that ask over HTTP")
-    parser.add_argument("--turns", type=int, default=2, help="of each way, each with other prompts")
+    parser.add_argument("--turns", type=int, default=1, help="of each way, each with other prompts")
     parser.add_argument("--url", help="a running server, without /v1, instead of the three ways")
     parser.add_argument("--model", help="what it calls the model; its first one when not given")
     parser.add_argument("--vocab", type=int, default=1000, help="token ids of its prompts are below this")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.requests, arguments.turns, arguments.clients = 6, 1, 2
+        arguments.requests, arguments.slots, arguments.clients = 6, 4, 2
     loads = [make_load(arguments, seed) for seed in range(arguments.turns)]
     if arguments.url:
         model = arguments.model or first_model(arguments.url)
@@ -136,7 +137,7 @@ def make_load(arguments: argparse.Namespace, seed: int) -> Load:
         jobs.append(Job(work, moment))
         if arguments.rate:
             moment += draw.expovariate(arguments.rate)
-    warm_up = draw_work(min(WARM_UP, arguments.requests), seed=1000 + seed, lengths=lengths, vocab_size=vocab)
+    warm_up = draw_work(min(arguments.slots, arguments.requests), seed=1000 + seed, lengths=lengths, vocab_size=vocab)
     return Load(jobs, arguments.concurrency, [work._replace(new=WARM_UP_TOKENS) for work in warm_up])
 
 
@@ -147,7 +148,7 @@ def three_ways(arguments: argparse.Namespace, loads: list[Load]) -> dict[str, li
         del ways["engine"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     longest = max(len(job.work.prompt) + job.work.new for load in loads for job in load.jobs)
-    config = engine_config(device, seqs=arguments.requests, max_len=longest)
+    config = engine_config(device, seqs=arguments.slots, max_len=longest)
     with tempfile.TemporaryDirectory() as temporary:
         folder = alone(make_folder, SMOKE if arguments.smoke else LARGE, Path(temporary), device)
         result = {}

@@ -29,6 +29,7 @@ def list_largest(y_f, f, real_f, keep, first, scale, gain, index, value, squares
     if scale is not None:
         score_f *= tl.load(scale + f, mask=real_f, other=0.0).to(tl.float32)
     G: tl.constexpr = f.shape[0] // GROUP
+    score_f = tl.where(score_f == score_f, score_f, float("inf"))  # what is no number is kept, and shows
     score_gn = tl.reshape(tl.where(real_f, score_f, -1.0), [G, GROUP])
     f_gn, real_gn, y_gn = tl.reshape(f, [G, GROUP]), tl.reshape(real_f, [G, GROUP]), tl.reshape(y_f, [G, GROUP])
     n = tl.arange(0, GROUP)
@@ -38,8 +39,6 @@ def list_largest(y_f, f, real_f, keep, first, scale, gain, index, value, squares
     keep_gn = tl.load(keep + f_gn // GROUP, mask=real_gn, other=0)
     kept_gn = rank_gn < keep_gn
     before_gn = tl.sum((kept_gn[:, None, :] & earlier_nm).to(tl.int32), 2)
-    # ranks of what is no number say nothing: still no more than there is room for
-    kept_gn = kept_gn & (before_gn < keep_gn)
     place_gn = tl.load(first + f_gn // GROUP, mask=real_gn, other=0) + before_gn
     tl.store(index + place_gn, f_gn, mask=kept_gn)
     tl.store(value + place_gn, y_gn.to(value_type), mask=kept_gn)
