@@ -26,6 +26,8 @@ class Tiling(NamedTuple):
     entries: int
     """Of the row, at a time."""
     warps: int
+    stages: int = 1
+    """Pieces on their way to shared memory at a time; 1 where they go to registers."""
 
 
 @triton.jit

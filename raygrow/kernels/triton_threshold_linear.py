@@ -2,7 +2,8 @@
 
 A program computes some features from all of the row, as in `triton_row_linear.py`, but from an input-major weight: what
 a dropped entry saves lies in one piece. Whether an entry stays does not depend on the others, so nothing is searched
-for or listed before the weight is read.
+for or listed before the weight is read. Pieces are on their way to shared memory, several at a time: in registers what
+is not read would leave holes, and too little would be on its way.
 
 Shapes: D input, F output, K entries at a time.
 """
@@ -34,36 +35,26 @@ def _entries(x, gain, scale, threshold, k, factor, D: tl.constexpr):
 def _threshold_linear(
     x, gain, scale, weight, bias, addend, out, threshold, eps,
     D: tl.constexpr, F: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, WAVE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, WAVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 2 * F if GATED else F
     f, k = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
     real_f = f < F
-    where_kf = weight + k.to(tl.int64)[:, None] * WIDTH + f[None, :]
     factor = 1.0
     if NORM:
         d = tl.arange(0, BLOCK_D)
         x_d = tl.load(x + d, mask=d < D, other=0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(x_d * x_d, 0) / D + eps)
-
-    x_k, kept_k = _entries(x, gain, scale, threshold, k, factor, D)
-    kept_kf = kept_k[:, None] & real_f[None, :]
-    w_kf = tl.load(where_kf, mask=kept_kf, other=0.0, eviction_policy="evict_first")
     sum_wf = tl.zeros([WAVE, BLOCK_F], tl.float32)
     if GATED:
-        up_kf = tl.load(where_kf + F, mask=kept_kf, other=0.0, eviction_policy="evict_first")
         up_sum_wf = tl.zeros([WAVE, BLOCK_F], tl.float32)
-    for start in range(BLOCK_K, D + BLOCK_K, BLOCK_K):  # a piece ahead: what is read is on its way meanwhile
-        next_kf = weight + (start + k).to(tl.int64)[:, None] * WIDTH + f[None, :]
-        next_x_k, kept_k = _entries(x, gain, scale, threshold, start + k, factor, D)
+    for start in tl.range(0, D, BLOCK_K, num_stages=STAGES):
+        x_k, kept_k = _entries(x, gain, scale, threshold, start + k, factor, D)
+        where_kf = weight + (start + k).to(tl.int64)[:, None] * WIDTH + f[None, :]
         kept_kf = kept_k[:, None] & real_f[None, :]
-        next_w_kf = tl.load(next_kf, mask=kept_kf, other=0.0, eviction_policy="evict_first")
+        sum_wf += folded(x_k, tl.load(where_kf, mask=kept_kf, other=0.0), WAVE)
         if GATED:
-            next_up_kf = tl.load(next_kf + F, mask=kept_kf, other=0.0, eviction_policy="evict_first")
-            up_sum_wf += folded(x_k, up_kf, WAVE)
-            up_kf = next_up_kf
-        sum_wf += folded(x_k, w_kf, WAVE)
-        x_k, w_kf = next_x_k, next_w_kf
+            up_sum_wf += folded(x_k, tl.load(where_kf + F, mask=kept_kf, other=0.0), WAVE)
 
     y_f = tl.sum(sum_wf, 0) * factor
     if GATED:
@@ -91,7 +82,7 @@ def threshold_linear_triton(
         x_1D, around.gain_D, scale_D, weight_DF, around.bias_F, around.addend_RF, out_1F, threshold, around.eps or 0.0,
         D=entries, F=features, NORM=around.eps is not None, GATED=around.gated,
         BLOCK_D=triton.next_power_of_2(entries), BLOCK_K=cut.entries, BLOCK_F=cut.features,
-        WAVE=cut.warps * 32 * 16 // weight_DF.element_size() // cut.features, num_warps=cut.warps,
+        WAVE=cut.warps * 32 * 16 // weight_DF.element_size() // cut.features, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     return out_1F
 
@@ -99,5 +90,5 @@ def threshold_linear_triton(
 def tiling_of(features: int, *, gated: bool) -> Tiling:
     """What keeps most bytes on their way."""
     if gated:
-        return Tiling(32, 128, 4)
-    return Tiling(32, 1024, 16) if features <= 4096 else Tiling(32, 256, 4)
+        return Tiling(64, 64, 4, 6)
+    return Tiling(32, 256, 4, 6) if features <= 4096 else Tiling(64, 128, 4, 4)
