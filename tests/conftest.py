@@ -39,6 +39,9 @@ def ray() -> Iterator[None]:
     """The Ray of the whole test run, with four CPUs whatever the machine has. Tests neither start nor stop it."""
     import ray
 
+    from raygrow.runtime.cluster import SERVE_SETTINGS
+
+    os.environ.update(SERVE_SETTINGS)
     # Ray Train needs the dashboard to clean up after a run that was cut short
     ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False)
     yield

@@ -1,6 +1,7 @@
 """Served models under load and under faults: nothing lost or mixed up, and what is lost is told."""
 
 import asyncio
+import json
 import re
 import signal
 import time
@@ -115,6 +116,24 @@ def test_hundreds_of_streams_are_not_mixed_up(deploy: Callable[..., str], model:
     assert [answer.text for answer in answers] == expected
     assert load("small") == (0, 0)
     assert metric("raygrow_engine_tokens", "engine-small") > 0
+
+
+def test_questions_and_answers_of_megabytes_arrive(deploy: Callable[..., str], model: Path) -> None:
+    url = deploy(described(model, engine={"max_num_seqs": 64}))
+    many = {"prompt": "def f(", "max_tokens": LONG, "n": 64, "logprobs": 5, "ignore_eos": True, "stream": False}
+    long = {"prompt": "x = 1\n" * 590_000, "stream": False}
+
+    async def ask(body: dict[str, Any]) -> tuple[int, bytes]:
+        async with client() as session, session.post(f"{url}/v1/completions", json=body) as response:
+            return response.status, await response.read()
+
+    status, answer = asyncio.run(ask(many))
+    assert status == 200
+    assert len(answer) > 4 * 2**20
+    assert [len(choice["logprobs"]["tokens"]) for choice in json.loads(answer)["choices"]] == [LONG] * 64
+    status, answer = asyncio.run(ask(long))
+    assert status == 400
+    assert json.loads(answer)["error"]["code"] == "context_length_exceeded"
 
 
 def metric(name: str, deployment: str) -> float:
