@@ -34,8 +34,9 @@ from raygrow.infer.sampler import likeliest
 from raygrow.kernels.group_select import Groups, group_sizes, groups_of, list_groups
 from raygrow.kernels.list_linear import list_linear
 from raygrow.kernels.row_linear import Around, row_linear
-from raygrow.kernels.sparse_linear import masked, masked_linear, norm_select, select, sparse_linear
+from raygrow.kernels.sparse_linear import masked, norm_select, select, sparse_linear
 from raygrow.kernels.threshold_linear import threshold_linear
+from raygrow.kernels.zeros import nonzero_linear
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.joined import join
 from raygrow.nn.rack import Rack
@@ -99,8 +100,7 @@ def products(config: ModelConfig, name: Input, levels: list[float], rate: float)
         for way, product in ways(x_1D, weights_DF, around, share, then).items():
             yield row(way, share, 1, product)
         for rows in ROWS[1:]:
-            x_RD = masked(random(rows, size), kept(size, share))
-            yield row("union", share, rows, partial(union, x_RD, weights_DF, gated))
+            yield row("union", share, rows, partial(union, masked(random(rows, size), kept(size, share)), weights_DF))
 
 
 def ways(
@@ -129,8 +129,8 @@ def dense_rows(x_RD: Tensor, weights_DF: list[Tensor], block: int) -> Tensor:
     return x_RD @ weights_DF[block]
 
 
-def union(x_RD: Tensor, weights_DF: list[Tensor], gated: bool, block: int) -> Tensor:
-    return masked_linear(x_RD, weights_DF[block], gated=gated)
+def union(x_RD: Tensor, weights_DF: list[Tensor], block: int) -> Tensor:
+    return nonzero_linear(x_RD, weights_DF[block])
 
 
 def steps(

@@ -2,8 +2,8 @@
 
 A row keeps its `keep` largest entries (`select`), and a projection of it reads their rows of an input-major weight and
 no others (`sparse_linear`). Rows that decode together, or keep what exceeds a threshold, come with zeros in place of
-the rest, and read what any of them needs (`masked_linear`). Each picks its Triton kernels on CUDA and its torch twin
-elsewhere; on a CPU the twin skips memory too.
+the rest (`masked_linear`). Each picks its Triton kernels on CUDA and its torch twin elsewhere; on a CPU the twin skips
+memory too.
 
 Shapes: R rows (tokens), D input, K entries kept, N entries of all rows that are not zero, F output, E experts.
 """
@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-UNION_ROWS = 8
-"""Rows that leave out together what none of them needs; of more, next to nothing is left to skip, and the dense product
-is faster."""
+FEW_ROWS = 8
+"""On a CPU; of more, next to nothing is left to skip, and the dense product is faster."""
 NARROWEST_STRIP = 256
 """Columns that are worth a thread of a CPU."""
 
@@ -159,9 +158,10 @@ def masked_linear(
     addend_RF: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """`x @ weight` of rows that are mostly zeros; what is zero in all of few rows is not read.
+    """`x @ weight` of rows of which many entries are zero.
 
-    On a CPU each row reads its own, so that is only where all of them together read less than the whole weight.
+    On a CPU few rows read what each needs, where all of them together read less than the whole weight. On a GPU all of
+    it is read: from two rows on that is faster than looking for what none of them needs, whatever they drop.
 
     Args:
         x_RD: Rows with zeros in place of what they drop (`masked`, `above`), contiguous.
@@ -170,13 +170,7 @@ def masked_linear(
         addend_RF: Added too.
         gated: As of `sparse_linear`.
     """
-    few = len(x_RD) <= UNION_ROWS
-    if few and _on_triton(weight_DF):
-        from raygrow.kernels.triton_sparse_linear import masked_linear_triton
-
-        return masked_linear_triton(x_RD, weight_DF, bias_F=bias_F, addend_RF=addend_RF, gated=gated)
-    # a look at what is zero would wait for a device
-    product = masked_linear_torch if few and weight_DF.is_cpu else torch.matmul
+    product = masked_linear_torch if weight_DF.is_cpu and len(x_RD) <= FEW_ROWS else torch.matmul
     return finished(product(x_RD, weight_DF), bias_F, addend_RF, gated)
 
 

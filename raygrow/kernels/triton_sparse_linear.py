@@ -107,7 +107,7 @@ def _row_products(
 @triton.jit(do_not_specialize=["rows"])
 def _union_products(
     x, weight, bias, addend, out, partial, tickets, rows, size,
-    F: tl.constexpr, GATED: tl.constexpr, BLOCK_R: tl.constexpr,
+    F: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows at once, by tensor cores, with the rows of the weight that any of them needs."""
@@ -115,47 +115,32 @@ def _union_products(
         gdc_launch_dependents()
         gdc_wait()
     tile, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    WIDTH: tl.constexpr = 2 * F if GATED else F
     r, f, k = tl.arange(0, BLOCK_R), tile * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
     real_r, real_f = r < rows, f < F
     real_rf = real_r[:, None] & real_f[None, :]
     sum_rf = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
-    if GATED:
-        up_sum_rf = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
     for start in tl.range(part * BLOCK_K, size, parts * BLOCK_K, num_stages=STAGES):
         index_k = start + k
         real_k = index_k < size
         x_rk = tl.load(x + r[:, None] * size + index_k[None, :], mask=real_r[:, None] & real_k[None, :], other=0.0)
         needed_k = tl.max((x_rk != 0.0).to(tl.int32), 0) > 0
-        where_kf = weight + index_k.to(tl.int64)[:, None] * WIDTH + f[None, :]
+        where_kf = weight + index_k.to(tl.int64)[:, None] * F + f[None, :]
         real_kf = needed_k[:, None] & real_f[None, :]
         w_kf = tl.load(where_kf, mask=real_kf, other=0.0, eviction_policy="evict_first")
         sum_rf = tl.dot(x_rk, w_kf, sum_rf, input_precision="ieee")
-        if GATED:
-            up_kf = tl.load(where_kf + F, mask=real_kf, other=0.0, eviction_policy="evict_first")
-            up_sum_rf = tl.dot(x_rk, up_kf, up_sum_rf, input_precision="ieee")
 
     features_rf = f[None, :] + tl.zeros_like(r)[:, None]
     out_rf = r[:, None] * F + features_rf
     if not SPLIT:
-        if GATED:
-            sum_rf = gate(sum_rf, up_sum_rf)
         finish(sum_rf, bias, addend, out, out_rf, features_rf, real_rf)
     else:
-        place_rf = partial + r[:, None] * parts * WIDTH + features_rf
-        tl.store(place_rf + part * WIDTH, sum_rf, mask=real_rf)
-        if GATED:
-            tl.store(place_rf + part * WIDTH + F, up_sum_rf, mask=real_rf)
+        place_rf = partial + r[:, None] * parts * F + features_rf
+        tl.store(place_rf + part * F, sum_rf, mask=real_rf)
         tl.debug_barrier()
         if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == parts - 1:
             sum_rf = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
-            up_sum_rf = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
             for s in range(parts):
-                sum_rf += tl.load(place_rf + s * WIDTH, mask=real_rf, other=0.0, cache_modifier=".cg")
-                if GATED:
-                    up_sum_rf += tl.load(place_rf + s * WIDTH + F, mask=real_rf, other=0.0, cache_modifier=".cg")
-            if GATED:
-                sum_rf = gate(sum_rf, up_sum_rf)
+                sum_rf += tl.load(place_rf + s * F, mask=real_rf, other=0.0, cache_modifier=".cg")
             finish(sum_rf, bias, addend, out, out_rf, features_rf, real_rf)
             tl.store(tickets + tile, 0)
 
@@ -170,7 +155,6 @@ def sparse_linear_triton(
     addend_RF: Tensor | None = None,
     gated: bool = False,
     skip_zeros: bool = False,
-    out_RF: Tensor | None = None,
     tiling: Tiling | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
@@ -185,14 +169,13 @@ def sparse_linear_triton(
         addend_RF: Added.
         gated: Whether the weight is a gate beside what it is applied to.
         skip_zeros: Without indices: rows of the weight that are multiplied by zero are not read.
-        out_RF: Where the result goes.
         tiling: How the work is cut up.
         pdl: Whether to start while the kernel before this one ends.
     """
     rows, keep = value_RK.shape
     features = weight.shape[-1] // 2 if gated else weight.shape[-1]
-    _check_contiguous(index_RK, value_RK, weight, expert_R, addend_RF, out_RF)
-    out_RF = weight.new_empty(rows, features) if out_RF is None else out_RF
+    _check_contiguous(index_RK, value_RK, weight, expert_R, addend_RF)
+    out_RF = weight.new_empty(rows, features)
     if not rows:
         return out_RF
     cut = tiling or row_tiling(keep, features, rows, gated=gated, device=weight.device)
@@ -209,33 +192,31 @@ def sparse_linear_triton(
     return out_RF
 
 
-def masked_linear_triton(
+def nonzero_linear_triton(
     x_RD: Tensor,
     weight_DF: Tensor,
     *,
     bias_F: Tensor | None = None,
     addend_RF: Tensor | None = None,
-    gated: bool = False,
-    out_RF: Tensor | None = None,
     tiling: Tiling | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """Same contract as `masked_linear`, of at most 16 rows. Arguments as of `sparse_linear_triton`."""
+    """Same contract as `zeros.nonzero_linear`, of at most 16 rows. Arguments as of `sparse_linear_triton`."""
     rows, size = x_RD.shape
-    features = weight_DF.shape[1] // 2 if gated else weight_DF.shape[1]
-    _check_contiguous(x_RD, weight_DF, addend_RF, out_RF)
+    features = weight_DF.shape[1]
+    _check_contiguous(x_RD, weight_DF, addend_RF)
     assert rows <= 16, f"{rows} rows: at most 16 share a product"
-    out_RF = weight_DF.new_empty(rows, features) if out_RF is None else out_RF
+    out_RF = weight_DF.new_empty(rows, features)
     if not rows:
         return out_RF
-    cut = tiling or union_tiling(size, features, gated=gated, device=weight_DF.device)
+    cut = tiling or union_tiling(size, features, device=weight_DF.device)
     pdl = overlaps(weight_DF.device) if pdl is None else pdl
     tiles = triton.cdiv(features, cut.columns)
-    partial = torch.empty(rows * cut.parts * weight_DF.shape[1], dtype=torch.float32, device=weight_DF.device)
+    partial = torch.empty(rows * cut.parts * features, dtype=torch.float32, device=weight_DF.device)
     tickets = tickets_of(weight_DF, tiles)
     _union_products[(tiles, cut.parts)](
         x_RD, weight_DF, bias_F, addend_RF, out_RF, partial, tickets, rows, size,
-        F=features, GATED=gated, BLOCK_R=16,
+        F=features, BLOCK_R=16,
         BLOCK_F=cut.columns, BLOCK_K=cut.chunk, SPLIT=cut.parts > 1, STAGES=cut.stages, PDL=pdl,
         num_warps=cut.warps, **overlapping(pdl),
     )  # fmt: skip
@@ -253,9 +234,9 @@ def row_tiling(keep: int, features: int, rows: int, *, gated: bool, device: torc
     return spread(Tiling(columns, 16, 1, 4, 1), keep, features, rows, per_processor=4, device=device)
 
 
-def union_tiling(size: int, features: int, *, gated: bool, device: torch.device) -> Tiling:
+def union_tiling(size: int, features: int, *, device: torch.device) -> Tiling:
     """The tiling of a product of rows that share what they read."""
-    columns = min(64 if gated else 128, max(triton.next_power_of_2(features), 16))
+    columns = min(128, max(triton.next_power_of_2(features), 16))
     return spread(Tiling(columns, 64, 1, 4, 3), size, features, 1, per_processor=3, device=device)
 
 

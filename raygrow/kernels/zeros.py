@@ -57,10 +57,12 @@ def nonzero_linear(
         bias_D: Added.
         addend_RD: Added too, such as the residual stream.
     """
-    if _on_triton(weight_FD) and len(x_RF) == 1:
-        from raygrow.kernels.triton_sparse_linear import sparse_linear_triton
+    if _on_triton(weight_FD) and len(x_RF) <= FEW_ROWS:
+        from raygrow.kernels.triton_sparse_linear import nonzero_linear_triton, sparse_linear_triton
 
-        return sparse_linear_triton(None, x_RF, weight_FD, bias_F=bias_D, addend_RF=addend_RD, skip_zeros=True)
+        if len(x_RF) == 1:
+            return sparse_linear_triton(None, x_RF, weight_FD, bias_F=bias_D, addend_RF=addend_RD, skip_zeros=True)
+        return nonzero_linear_triton(x_RF, weight_FD, bias_F=bias_D, addend_RF=addend_RD)
     return masked_linear(x_RF, weight_FD, bias_D, addend_RF=addend_RD)
 
 
