@@ -216,6 +216,17 @@ def masked_linear_torch(x_RD: Tensor, weight_DF: Tensor) -> Tensor:
     return _bags(index_N.to(torch.int32), x_RD[row_N, index_N], starts_R, weight_DF)
 
 
+def masked_expert_linear_torch(x_RD: Tensor, weight_EDF: Tensor, expert_R: Tensor) -> Tensor:
+    """Rows of which many entries are zero, each with its expert's weight: only what is not zero is read."""
+    row_N, index_N = x_RD.nonzero(as_tuple=True)
+    if not len(index_N):
+        return weight_EDF.new_zeros(len(x_RD), weight_EDF.shape[2])
+    # the experts' rows are one long list of rows
+    of_expert_N = index_N + expert_R.long()[row_N] * weight_EDF.shape[1]
+    starts_R = torch.searchsorted(row_N, torch.arange(len(x_RD), device=row_N.device), out_int32=True)
+    return _bags(of_expert_N.to(torch.int32), x_RD[row_N, index_N], starts_R, weight_EDF.flatten(0, 1))
+
+
 def _bags(index_N: Tensor, value_N: Tensor, starts_R: Tensor, weight_DF: Tensor) -> Tensor:
     """Sums of weighted rows of a weight, one from each start up to the next, `(R, F)`.
 

@@ -1,11 +1,11 @@
-"""Triton kernel behind `kernels/threshold_linear.py`: one row times some rows of a weight.
+"""Triton kernel behind `kernels/threshold_linear.py`: a row times some rows of a weight, or of its expert's.
 
 A program computes some features from all of the row, as in `triton_row_linear.py`, but from an input-major weight: what
 a dropped entry saves lies in one piece. Whether an entry stays does not depend on the others, so nothing is searched
 for or listed before the weight is read. Pieces are on their way to shared memory, several at a time: in registers what
 is not read would leave holes, and too little would be on its way.
 
-Shapes: D input, F output, K entries at a time.
+Shapes: R rows, D input, F output, E experts, K entries at a time.
 """
 
 import torch
@@ -33,13 +33,18 @@ def _entries(x, gain, scale, threshold, k, factor, D: tl.constexpr):
 
 @triton.jit
 def _threshold_linear(
-    x, gain, scale, weight, bias, addend, out, threshold, eps,
+    x, gain, scale, weight, expert, bias, addend, out, threshold, eps, scale_stride,
     D: tl.constexpr, F: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, WAVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 2 * F if GATED else F
     f, k = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_K)
-    real_f = f < F
+    real_f, row = f < F, tl.program_id(1).to(tl.int64)
+    x += row * D
+    if scale is not None:
+        scale += row * scale_stride
+    if expert is not None:
+        weight += tl.load(expert + row).to(tl.int64) * D * WIDTH
     factor = 1.0
     if NORM:
         d = tl.arange(0, BLOCK_D)
@@ -59,32 +64,37 @@ def _threshold_linear(
     y_f = tl.sum(sum_wf, 0) * factor
     if GATED:
         y_f = gate(y_f, tl.sum(up_sum_wf, 0) * factor)
-    finish(y_f, bias, addend, out, f, f, real_f)
+    finish(y_f, bias, addend, out, row * F + f, f, real_f)
 
 
 def threshold_linear_triton(
-    x_1D: Tensor,
-    weight_DF: Tensor,
+    x_RD: Tensor,
+    weight: Tensor,
     threshold: float,
-    scale_D: Tensor | None,
+    scale: Tensor | None,
     around: Around,
+    *,
+    expert_R: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """Same contract as `threshold_linear`; `tiling` says how the work is cut up."""
+    """Same contract as `threshold_linear`, and with `(E, D, F)` and `expert_R` as `threshold_expert_linear`; `tiling`
+    says how the work is cut up.
+    """
     assert around.bias_F is None or not around.gated, "a gated product has no bias"
-    for tensor in (x_1D, weight_DF, scale_D, around.addend_RF):
+    for tensor in (x_RD, weight, scale, expert_R, around.addend_RF):
         assert tensor is None or tensor.is_contiguous(), "all that a product takes must be contiguous"
-    entries, width = weight_DF.shape
+    rows, (entries, width) = len(x_RD), weight.shape[-2:]
     features = width // 2 if around.gated else width
     cut = tiling or tiling_of(features, gated=around.gated)
-    out_1F = torch.empty(1, features, dtype=weight_DF.dtype, device=weight_DF.device)
-    _threshold_linear[(triton.cdiv(features, cut.features),)](
-        x_1D, around.gain_D, scale_D, weight_DF, around.bias_F, around.addend_RF, out_1F, threshold, around.eps or 0.0,
+    out_RF = torch.empty(rows, features, dtype=weight.dtype, device=weight.device)
+    _threshold_linear[(triton.cdiv(features, cut.features), rows)](
+        x_RD, around.gain_D, scale, weight, expert_R, around.bias_F, around.addend_RF, out_RF,
+        threshold, around.eps or 0.0, entries if scale is not None and scale.dim() == 2 else 0,
         D=entries, F=features, NORM=around.eps is not None, GATED=around.gated,
         BLOCK_D=triton.next_power_of_2(entries), BLOCK_K=cut.entries, BLOCK_F=cut.features,
-        WAVE=cut.warps * 32 * 16 // weight_DF.element_size() // cut.features, STAGES=cut.stages, num_warps=cut.warps,
+        WAVE=cut.warps * 32 * 16 // weight.element_size() // cut.features, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
-    return out_1F
+    return out_RF
 
 
 def tiling_of(features: int, *, gated: bool) -> Tiling:

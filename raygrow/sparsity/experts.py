@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from raygrow.kernels.grouped_mm import grouped_mm
-from raygrow.kernels.sparse_linear import Selection, select, sparse_expert_linear
+from raygrow.kernels.sparse_linear import select, sparse_expert_linear
+from raygrow.kernels.threshold_linear import threshold_expert_linear
 from raygrow.nn.linear import constant
 from raygrow.nn.mlp import fusible, readers
 from raygrow.nn.moe import Moe
-from raygrow.sparsity.linear import SparseRows, only_kept, selected
-from raygrow.sparsity.methods import Selector, column_norms
+from raygrow.sparsity.linear import SparseRows, only_kept
+from raygrow.sparsity.methods import Choice, Selector, column_norms
 
 
 class SparseMoe(nn.Module):
     """A norm, experts and the residual stream around both.
 
     The experts of a token share what is kept of their input; of what `down` reads each keeps its own. The router reads
-    everything. While no more slots than experts are asked for, all tokens are sparse and what is kept is chosen from
-    whole rows, each slot reads what it keeps of its expert; else experts are read whole, by all of their tokens
-    together.
+    everything. While no more slots than experts are asked for, all tokens are sparse and nothing is chosen by groups,
+    each slot reads what it keeps of its expert; else experts are read whole, by all of their tokens together.
 
     Args:
         moe: It loses its experts, which are here from now on, input-major.
@@ -59,23 +59,25 @@ class SparseMoe(nn.Module):
         x_BTD = self.norm(x_BTD)
         rows = self.rows.within(x_BTD.shape[1])
         slots = x_BTD.shape[0] * x_BTD.shape[1] * self.moe.top_k
-        lists = all(selector.of_row for selector in self.selectors)
-        alone = lists and rows == slice(0, x_BTD.shape[1]) and slots <= len(self.up_EDG)
+        together = any(selector.groups or selector.watched for selector in self.selectors)
+        alone = not together and rows == slice(0, x_BTD.shape[1]) and slots <= len(self.up_EDG)
         y_ND = self._slot_by_slot(x_BTD) if alone else self._expert_by_expert(x_BTD, rows)
         return residual_BTD + y_ND.to(x_BTD.dtype).view_as(x_BTD)
 
     def _slot_by_slot(self, x_BTD: Tensor) -> Tensor:
-        """Each slot with its own rows of its expert's weights. Nothing waits for the device."""
+        """Each slot with its own rows of its expert's weights. On CUDA nothing waits for the device."""
         of_x, of_hidden = self.selectors
         _, weights_BTK, experts_BTK = self.moe.choose(x_BTD)
         expert_S, k = experts_BTK.flatten(), experts_BTK.shape[-1]
-        index_NK, value_NK = selected(x_BTD.flatten(0, 1).contiguous(), of_x)
-        of_slots = Selection(index_NK.repeat_interleave(k, 0), value_NK.repeat_interleave(k, 0))
-        hidden_SF = sparse_expert_linear(of_slots, self.up_EDG, expert_S, self.up_bias_EG, gated=self.gated)
+        x_SD = x_BTD.flatten(0, 1).repeat_interleave(k, 0)
+        hidden_SF = kept_expert_linear(
+            x_SD, of_x.choice, of_x.scale_D, self.up_EDG, expert_S, self.up_bias_EG, gated=self.gated
+        )
         if not self.gated:
             hidden_SF = self.activate(*hidden_SF.chunk(self.parts, dim=1)).contiguous()
-        of_slots = select(hidden_SF, of_hidden.choice.keep, self._scale(expert_S))
-        y_SD = sparse_expert_linear(of_slots, self.down_EFD, expert_S, self.down_bias_ED)
+        y_SD = kept_expert_linear(
+            hidden_SF, of_hidden.choice, self._scale(expert_S), self.down_EFD, expert_S, self.down_bias_ED
+        )
         return (y_SD.unflatten(0, (-1, k)) * weights_BTK.flatten(0, 1)[..., None]).sum(1)
 
     def _expert_by_expert(self, x_BTD: Tensor, rows: slice) -> Tensor:
@@ -97,3 +99,19 @@ class SparseMoe(nn.Module):
     def _scale(self, expert_S: Tensor) -> Tensor | None:
         """What the scores of each slot's hidden units are weighted by, `(S, F)`."""
         return None if self.scale_EF is None else self.scale_EF[expert_S]
+
+
+def kept_expert_linear(
+    x_SD: Tensor,
+    choice: Choice,
+    scale: Tensor | None,
+    weight_EDF: Tensor,
+    expert_S: Tensor,
+    bias_EF: Tensor | None,
+    *,
+    gated: bool = False,
+) -> Tensor:
+    """What slots keep of their inputs, times their experts' weights. Arguments as of `threshold_expert_linear`."""
+    if choice.threshold is not None:
+        return threshold_expert_linear(x_SD, weight_EDF, expert_S, choice.threshold, scale, bias_EF, gated=gated)
+    return sparse_expert_linear(select(x_SD, choice.keep, scale), weight_EDF, expert_S, bias_EF, gated=gated)

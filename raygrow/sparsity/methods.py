@@ -98,6 +98,11 @@ class Selector:
         return self.choice.keep < self.size or not self.of_row
 
     @property
+    def watched(self) -> bool:
+        """Whether somebody wants to know what entries score."""
+        return self.seen is not None or self.scores is not None
+
+    @property
     def lists(self) -> bool:
         """Whether anything is dropped, and that of the whole row."""
         return self.choice.keep < self.size and self.of_row

@@ -3,14 +3,15 @@
 Shapes: D input, F output.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raygrow.kernels.row_linear import Around
-from raygrow.kernels.threshold_linear import threshold_linear
+from raygrow.kernels.threshold_linear import threshold_expert_linear, threshold_linear
 from tests.kernels.test_row_linear import AROUND, SIZES, case, reference, relative_error
 
 SCALED = pytest.mark.parametrize("scaled", [False, True])
@@ -71,3 +72,51 @@ def test_kernel_is_its_definition(
     assert given.found.shape == (1, size[1])
     assert relative_error(given.found, given.true_1F) < tolerance
     assert torch.equal(given.found, given.found)
+
+
+def expert_case(scaled: str, gated: bool, dtype: torch.dtype, device: str) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments of `threshold_expert_linear`, and what is right; what no row of an expert keeps is not a number."""
+    generator = torch.Generator().manual_seed(2)
+    x_RD = torch.randn(4, 200, generator=generator, dtype=torch.float64)
+    x_RD[3] = 0.01  # keeps nothing
+    weight_EDF = torch.randn(3, 200, 96, generator=generator, dtype=torch.float64)
+    bias_EF = None if gated else torch.randn(3, 96, generator=generator, dtype=torch.float64)
+    expert_R = torch.tensor([2, 0, 2, 1])
+    sizes = {"none": None, "shared": (200,), "own": (4, 200)}[scaled]
+    scale = None if sizes is None else 0.5 + torch.rand(sizes, generator=generator)
+    x_RD = x_RD.to(dtype)
+    kept_RD = torch.where(x_RD.abs() * (1 if scale is None else scale) > 0.7, x_RD, 0)
+    for expert in range(3):
+        weight_EDF[expert, (kept_RD[expert_R == expert] == 0).all(0)] = torch.nan
+    weight_EDF = weight_EDF.to(dtype)
+    rows = []
+    for kept_D, expert in zip(kept_RD.double(), expert_R.tolist(), strict=True):
+        y_1F = kept_D[None] @ weight_EDF[expert].double().nan_to_num()
+        y_1F = y_1F if bias_EF is None else y_1F + bias_EF[expert].to(dtype)
+        rows.append(F.silu(y_1F[:, :48]) * y_1F[:, 48:] if gated else y_1F)
+    given = (x_RD, weight_EDF, expert_R, 0.7, scale, None if bias_EF is None else bias_EF.to(dtype))
+    return tuple(a.to(device) if isinstance(a, Tensor) else a for a in given), torch.cat(rows).to(device)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("scaled", ["none", "shared", "own"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_each_row_reads_what_it_keeps_of_its_expert(
+    scaled: str, gated: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    given, true_RF = expert_case(scaled, gated, dtype, "cpu")
+    found_RF = threshold_expert_linear(*given, gated=gated)
+    assert found_RF.dtype == dtype
+    assert relative_error(found_RF, true_RF) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("scaled", ["none", "shared", "own"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_kernel_reads_what_each_row_keeps_of_its_expert(
+    scaled: str, gated: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    given, true_RF = expert_case(scaled, gated, dtype, "cuda")
+    assert relative_error(threshold_expert_linear(*given, gated=gated), true_RF) < tolerance
