@@ -237,8 +237,7 @@ def make_sparse(model: Rack, method: Method, sparsity: float) -> tuple[SparseRow
     tokens_BT = torch.randint(model.config.vocab_size, CALIBRATION, generator=torch.Generator().manual_seed(0))
     levels = Levels(model, method, tokens_BT)
     level = levels.made(ratio_split(model.config, sparsity, RATIO), sparsity)
-    for place, selector in levels.selectors.items():
-        selector.choice = level.choices[place]
+    levels.use(level.choices)
     return levels.rows, level.skipped
 
 

@@ -153,8 +153,7 @@ def steps(
         made = Levels(model, method, tokens_BT)
         for level in levels:
             found = made.made(ratio_split(config, level, RATIO), level)
-            for place, selector in made.selectors.items():
-                selector.choice = found.choices[place]
+            made.use(found.choices)
             made.rows.start, made.rows.stop = 0, None
             # what thresholds keep of these tokens is not what they keep of the calibration's, on which they are fitted
             yield row(method, found.nominal if method in THRESHOLDED else level, step_ms(model, rows), dense)

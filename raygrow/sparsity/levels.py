@@ -106,9 +106,14 @@ class Levels:
         """How far a split takes the model from the dense one on the calibration text, all tokens sparse."""
         return self._diverges(self.choices(split))
 
+    def use(self, choices: Mapping[Place, Choice]) -> None:
+        """Makes the model keep what is chosen, and everything of inputs that are not named."""
+        for place, selector in self.selectors.items():
+            selector.choice = choices.get(place, Choice(selector.size))
+
     def measure(self, choices: Mapping[Place, Choice], batch: tuple[Tensor, Tensor], policy: Policy) -> float:
         """Nats per token on a text; `choices` of no input are the dense model."""
-        self._set(choices)
+        self.use(choices)
         self.tokens += batch[0].numel()
         return policy_loss(self.model, self.rows, batch, policy, batch_size=self.batch_size)[0]
 
@@ -132,7 +137,7 @@ class Levels:
             hidden(self.model, batch_BT)
         for selector in self.selectors.values():
             selector.scores = None
-        self._set({})
+        self.use({})
         self.tokens += tokens_BT.numel()
         return found
 
@@ -174,14 +179,10 @@ class Levels:
         }
 
     def _diverges(self, choices: Mapping[Place, Choice]) -> float:
-        self._set(choices)
+        self.use(choices)
         self.rows.start, self.rows.stop = 0, None
         self.tokens += self._divergence.tokens
         return self._divergence.measure()
-
-    def _set(self, choices: Mapping[Place, Choice]) -> None:
-        for place, selector in self.selectors.items():
-            selector.choice = choices.get(place, Choice(selector.size))
 
     def _choice(self, place: Place, share: float) -> Choice:
         size = input_size(self.config, *place)

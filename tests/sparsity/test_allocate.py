@@ -80,7 +80,7 @@ def test_the_search_is_at_least_as_good_as_the_best_ratio_and_that_as_a_uniform_
     for split in ("uniform", "ratio", "search"):
         level = levels.level(0.5, split)
         assert level.nominal == pytest.approx(0.5, abs=0.02)
-        levels._set(level.choices)
+        levels.use(level.choices)
         costs.append(levels._divergence.measure())
     assert costs[2] <= costs[1] <= costs[0]
     assert costs[2] > 0
@@ -100,10 +100,10 @@ def test_the_divergence_is_that_of_predictions_in_full_precision(dtype):
     levels = Levels(model, "topk", TEXT)
     split = allocate.uniform(model.config, 0.05)
     cost = levels.cost(split)
-    levels._set({})
+    levels.use({})
     model(TEXT)
     dense_BTD = found[-1]
-    levels._set(levels.choices(split))
+    levels.use(levels.choices(split))
     model(TEXT)
     dense, sparse = ((x_BTD * 0.5 @ head_VD.T).log_softmax(-1) for x_BTD in (dense_BTD, found[-1]))
     expected = (dense.exp() * (dense - sparse)).sum().item() / TEXT.numel()

@@ -95,7 +95,7 @@ def test_experts_share_what_is_kept_and_the_router_reads_all(method):
 
 def dropped(levels: Levels, choices: Mapping[Place, Choice]) -> float:
     """The share of the Blocks' weights that a text's tokens do not multiply by."""
-    levels._set(choices)
+    levels.use(choices)
     for selector in levels.selectors.values():
         selector.seen = (0, 0)
     levels.model(TEXT)
@@ -134,7 +134,7 @@ def test_at_no_sparsity_thresholds_keep_all(kind, method):
 def test_a_threshold_keeps_what_scores_above_it(method):
     levels = Levels(rack("gqa"), method, TEXT)
     model, weights = levels.model, rack("gqa").blocks[0].attention
-    levels._set(levels.choices(uniform(model.config, 0.4)))
+    levels.use(levels.choices(uniform(model.config, 0.4)))
     selector = levels.selectors[0, "attention"]
     column_D = norms(weights.q.weight, weights.k.weight, weights.v.weight) if method in WEIGHTED else torch.ones(16)
     x_RD = torch.randn(9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -155,7 +155,7 @@ def test_a_threshold_keeps_what_scores_above_it(method):
 def test_hidden_units_of_experts_score_by_their_own_experts_columns():
     model, reference = rack("mixtral"), rack("mixtral")
     levels = Levels(model, "rotated_teal", TEXT)
-    levels._set(levels.choices({place: 0.5 for place in levels.selectors if place[1] == "down"}))
+    levels.use(levels.choices({place: 0.5 for place in levels.selectors if place[1] == "down"}))
     shares = []
     for index, block in enumerate(reference.blocks):
         threshold = levels.selectors[index, "down"].choice.threshold
