@@ -34,7 +34,7 @@ READINGS = {"constant": 0.0, "decayed": DECAY}
 BUDGETS = {
     "constant-scratch": "300e6",
     "constant-grown": "220e6",
-    "decayed-scratch": "120e6,300e6",
+    "decayed-scratch": "120e6,240e6,300e6",
     "decayed-grown": "160e6,220e6",
 }
 """The grown runs end where the control's loss is about reached."""
@@ -46,8 +46,8 @@ SMOKE_BUDGETS = "[40e3,50e3]"
 
 
 def _space(**grids: str) -> str:
-    """A space of grids: of budgets, decays, seeds and rates."""
-    keys = {"tokens": "plan.tokens", "decays": DECAY_KEY, "seeds": "seed", "lr": "train.optimizer.lr"}
+    """A space of grids: of budgets, decays, seeds, and what is named by its key."""
+    keys = {"tokens": "plan.tokens", "decays": DECAY_KEY, "seeds": "seed"}
     axes = (f"{keys.get(name, name)}:{{grid:[{values}]}}" for name, values in grids.items())
     return f"space.space={{{','.join(axes)}}}"
 
@@ -83,7 +83,7 @@ def _at_length(name: str, folder: Path) -> list[str]:
     words.append("train.evaluate_every=250")
     if kind == "long":
         tokens, rates = ("200e6", "4e-4,6e-4,1e-3") if arm == "scratch" else ("190e6", "5e-4,8e-4,1.2e-3")
-        return [*words, _space(tokens=tokens, decays=f"0.0,{DECAY}", **{rate: rates})]
+        return [*words, _space(tokens=tokens, decays=f"0.0,{DECAY}", seeds="0", **{rate: rates})]
     best = _best_rate(folder / f"long-{arm}", rate, READINGS[kind])
     return [*words, f"{rate}={best}", _space(tokens=BUDGETS[name], decays=str(READINGS[kind]), seeds="1,2,3")]
 
@@ -120,4 +120,6 @@ def _best_rate(folder: Path, key: str, decay: float) -> float:
     found = best_of(with_decay(load_search([folder]).contests[-1], decay)) if is_search(folder) else []
     if not found:
         raise SystemExit(f"no learning rate has been found in {folder}: run {folder.name} first")
+    if key not in found[0][1].values:
+        raise SystemExit(f"{folder} has no {key}: it is of another way to grow than what now is best; run it elsewhere")
     return found[0][1].values[key]

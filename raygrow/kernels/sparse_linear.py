@@ -2,8 +2,8 @@
 
 A row keeps its `keep` largest entries (`select`), and a projection of it reads their rows of an input-major weight and
 no others (`sparse_linear`). Rows that decode together, or keep what exceeds a threshold, come with zeros in place of
-the rest (`masked_linear`). Each picks its Triton kernels on CUDA and its torch twin elsewhere; on a CPU the twin skips
-memory too.
+the rest (`masked_linear`). The others pick their Triton kernels on CUDA and their torch twins elsewhere; on a CPU the
+twins skip memory too.
 
 Shapes: R rows (tokens), D input, K entries kept, N entries of all rows that are not zero, F output, E experts.
 """

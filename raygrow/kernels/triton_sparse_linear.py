@@ -1,4 +1,4 @@
-"""Triton kernels behind `kernels/sparse_linear.py`: products of few rows with the rows of a weight that they need.
+"""Triton kernels behind `kernels/sparse_linear.py` and `zeros.py`: few rows times the rows of a weight that they need.
 
 A program multiplies one tile of the weight's columns with every so-many-th chunk of the rows that are to be read, so
 that a small product keeps all of a GPU busy. The parts of a tile are put together by its last program, in a fixed

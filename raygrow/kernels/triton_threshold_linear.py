@@ -85,7 +85,7 @@ def threshold_linear_triton(
         assert tensor is None or tensor.is_contiguous(), "all that a product takes must be contiguous"
     rows, (entries, width) = len(x_RD), weight.shape[-2:]
     features = width // 2 if around.gated else width
-    cut = tiling or tiling_of(features, gated=around.gated)
+    cut = tiling or tiling_of(features, weight.element_size(), gated=around.gated)
     out_RF = torch.empty(rows, features, dtype=weight.dtype, device=weight.device)
     _threshold_linear[(triton.cdiv(features, cut.features), rows)](
         x_RD, around.gain_D, scale, weight, expert_R, around.bias_F, around.addend_RF, out_RF,
@@ -97,8 +97,9 @@ def threshold_linear_triton(
     return out_RF
 
 
-def tiling_of(features: int, *, gated: bool) -> Tiling:
-    """What keeps most bytes on their way."""
+def tiling_of(features: int, element_size: int, *, gated: bool) -> Tiling:
+    """What keeps most bytes on their way, in less than 99 KiB of shared memory, which the smaller GPUs have."""
+    stages = 12 // element_size
     if gated:
-        return Tiling(64, 64, 4, 6)
-    return Tiling(32, 256, 4, 6) if features <= 4096 else Tiling(64, 128, 4, 4)
+        return Tiling(64, 64, 4, stages)
+    return Tiling(32, 256, 4, stages) if features <= 4096 else Tiling(64, 128, 4, min(stages, 4))

@@ -127,10 +127,16 @@ def heats(trials: Iterable[Trial], *, grace: float) -> tuple[Heat, ...]:
         budget = group[-1].flops
         grown = [trial for trial in group if not trial.control]
         first = min(max(trial.grown_at for trial in group) + grace * budget, budget)
-        schedules = {(last.schedule.kind, last.schedule.decay) for trial in grown for last in trial.phases[-1:]}
+        schedules = {_schedule(trial) for trial in grown}
         last = min(trial.decays_at for trial in grown) if len(schedules) > 1 else budget
         found.append(Heat(budget, first, last))
     return tuple(found)
+
+
+def _schedule(trial: Trial) -> tuple[Any, ...]:
+    """How a trial was told to decay."""
+    run, last = trial.run, trial.phases[-1]
+    return last.schedule.kind, run.train.schedule.decay, run.plan.phases[last.name].decay
 
 
 class AshaOnFlops(FIFOScheduler):

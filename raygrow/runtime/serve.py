@@ -70,7 +70,7 @@ class Served:
         Raises:
             Overloaded: If there is no room for another request, before the first piece.
         """
-        # scores of a long prompt are too much for one message, of which the straight way has at most 4 MiB
+        # scores of a long prompt are too much for one message: where others have started Ray, it has at most 4 MiB
         handle = self._straight if request.sampling.prompt_logprobs is None else self._handle
         begun = ended = False
         for last in (False, True):

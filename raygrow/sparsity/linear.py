@@ -36,8 +36,8 @@ class SparseRows:
 class SparseLinear(nn.Module):
     """Projections that read the same input, as one over the entries that are kept, with what stands around them.
 
-    A token alone reads what it keeps, several together everything: what a token keeps does not depend on those beside
-    it. Where some tokens are sparse and others are not, they share one product.
+    A token alone reads what it keeps, several together everything, or on a CPU a few what each keeps. What a token
+    keeps does not depend on those beside it. Where some tokens are sparse and others are not, they share one product.
 
     The weight is kept input-major, so that what a dropped entry saves lies in one piece.
 

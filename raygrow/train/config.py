@@ -32,7 +32,8 @@ class ScheduleConfig:
     kind: Literal["wsd", "cosine"] = "wsd"
     warmup_steps: NonNegativeInt = 100
     decay: Share = 0.2
-    """Share of the phase's steps spent decaying (wsd, linear). A cosine decays from the end of warmup."""
+    """Share of the run, in FLOPs, that is spent decaying at its end (wsd, linear): runs that grow early and late decay
+    alike. A cosine decays from the end of the last phase's warmup."""
     final_ratio: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
 
@@ -106,6 +107,7 @@ class PhaseConfig:
     lr: Amount | None = None
     warmup_steps: NonNegativeInt | None = None
     decay: Share | None = None
+    """Share of this phase's steps, instead of `train.schedule.decay`, which is of the run."""
     activation_l1: NonNegativeFloat | None = None
     frozen: tuple[str, ...] = ()
     """Parameters that do not train, as shell patterns over their names (`blocks.0.*`)."""

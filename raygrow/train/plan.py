@@ -100,20 +100,20 @@ def resolve(plan: PlanConfig, target: ModelConfig, train: TrainConfig) -> tuple[
 def scratch_plan(phases: tuple[Phase, ...]) -> PlanConfig:
     """The control of a plan: its final model from scratch on the same FLOPs.
 
-    It takes the last phase's batch, peak learning rate, decay and weight of activations; its warmup is the run's own
-    (`train.schedule`), since a re-warmup after growth says nothing about a fresh model.
+    It takes the last phase's batch, peak learning rate and weight of activations, and decays over as many FLOPs; its
+    warmup is the run's own (`train.schedule`), since a re-warmup after growth says nothing about a fresh model.
     """
-    last = phases[-1]
+    last, flops = phases[-1], sum(phase.flops for phase in phases)
     phase = PhaseConfig(
         seq_len=last.seq_len,
         batch_size=last.batch_size,
         micro_batch_size=last.micro_batch_size,
         lr=last.lr,
-        decay=last.schedule.decay,
+        decay=round(last.schedule.decay * last.flops / flops, 9),
         activation_l1=last.activation_l1,
         workers=last.workers,
     )
-    return PlanConfig(flops=sum(phase.flops for phase in phases), phases={"scratch": phase})
+    return PlanConfig(flops=flops, phases={"scratch": phase})
 
 
 def _models(plan: PlanConfig, target: ModelConfig) -> dict[str, ModelConfig]:
@@ -161,6 +161,7 @@ def _settle(
     flops_per_token = training_flops_per_token(model, seq_len, trains=_trained_units(model, config.frozen).__contains__)
     flops_before = sum(phase.flops for phase in before)
     steps = _steps(name, config, total, flops_before, flops_per_token, batch_size * seq_len)
+    flops = steps * batch_size * seq_len * flops_per_token
     source = _source(name, config, before, model)
     if train.seq_len % seq_len:
         raise ValueError(f"plan.phases.{name}.seq_len={seq_len} does not divide train.seq_len={train.seq_len}")
@@ -177,7 +178,7 @@ def _settle(
         batch_size=batch_size,
         micro_batch_size=train.micro_batch_size if config.micro_batch_size is None else config.micro_batch_size,
         lr=train.optimizer.lr if config.lr is None else config.lr,
-        schedule=_schedule(config, train.schedule, is_last=is_last),
+        schedule=_schedule(config, train.schedule, flops / (flops_before + flops), is_last=is_last),
         activation_l1=_activation_l1(name, config, model, train),
         frozen=config.frozen,
         workers=config.workers,
@@ -252,9 +253,15 @@ def _source(name: str, config: PhaseConfig, before: list[Phase], model: ModelCon
     return found
 
 
-def _schedule(config: PhaseConfig, shared: ScheduleConfig, *, is_last: bool) -> ScheduleConfig:
-    """Only the last phase decays, so that every growth starts from a base still at its peak learning rate."""
-    schedule = shared if is_last else replace(shared, kind="wsd", decay=0.0)
+def _schedule(config: PhaseConfig, shared: ScheduleConfig, share: float, *, is_last: bool) -> ScheduleConfig:
+    """Only the last phase decays, so that every growth starts from a base still at its peak learning rate.
+
+    `share` is what the phase is of all that the run has then spent: decay is a share of the run.
+    """
+    if is_last:
+        schedule = replace(shared, decay=min(1.0, shared.decay / share))
+    else:
+        schedule = replace(shared, kind="wsd", decay=0.0)
     if config.decay is not None:
         schedule = replace(schedule, decay=config.decay)
     if config.warmup_steps is not None:

@@ -54,11 +54,24 @@ def test_every_phase_is_paid_from_the_budget() -> None:
     assert control.model == TARGET
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_runs_decay_over_as_many_flops_whenever_they_grow(share: float) -> None:
+    phases = resolve(plan(base=PhaseConfig(share=share), stacked=PhaseConfig(growth=Gstack(factor=4))), TARGET, TRAIN)
+    base, stacked = phases
+    (control,) = resolve(scratch_plan(phases), TARGET, TRAIN)
+    assert base.schedule.decay == 0
+    decayed, total = stacked.schedule.decay * stacked.flops, base.flops + stacked.flops
+    assert decayed == pytest.approx(min(TRAIN.schedule.decay * total, stacked.flops))
+    assert control.schedule.decay * control.flops == pytest.approx(decayed, rel=1e-2)  # whole steps
+
+
 def test_the_control_takes_the_last_phases_batch_and_decay() -> None:
     last = PhaseConfig(growth=Gstack(factor=4), decay=0.5, lr=3e-3, batch_size=4, warmup_steps=7)
     phases = resolve(plan(base=PhaseConfig(share=0.05), stacked=last), TARGET, TRAIN)
     (control,) = resolve(scratch_plan(phases), TARGET, TRAIN)
-    assert (control.schedule.decay, control.lr, control.batch_size) == (0.5, 3e-3, 4)
+    decay = 0.5 * phases[1].flops / sum(phase.flops for phase in phases)
+    assert control.schedule.decay == pytest.approx(decay, abs=1e-8)  # over as many FLOPs
+    assert (control.lr, control.batch_size) == (3e-3, 4)
     assert control.schedule.warmup_steps == TRAIN.schedule.warmup_steps
 
 
