@@ -53,8 +53,8 @@ def plan(
     base_lr: float | None = None,
     **of_stacked: Any,
 ) -> tuple[Phase, ...]:
-    """A base of so many steps, and so many after growth."""
-    growth = Gstack(factor=factor)
+    """A base of so many steps, and so many after growth, of which the last 40 % decay."""
+    growth, of_stacked = Gstack(factor=factor), {"decay": train.schedule.decay, **of_stacked}
     phases = {
         "base": PhaseConfig(steps=base, lr=base_lr),
         "stacked": PhaseConfig(steps=stacked, growth=growth, **of_stacked),
