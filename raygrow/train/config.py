@@ -32,8 +32,8 @@ class ScheduleConfig:
     kind: Literal["wsd", "cosine"] = "wsd"
     warmup_steps: NonNegativeInt = 100
     decay: Share = 0.2
-    """Share of the run, in FLOPs, that is spent decaying at its end (wsd, linear): runs that grow early and late decay
-    alike. A cosine decays from the end of the last phase's warmup."""
+    """Share of the run, in FLOPs, that is spent decaying at its end (wsd, linear), at most all of the last phase: runs
+    that grow early and late decay alike. A cosine decays from the end of the last phase's warmup."""
     final_ratio: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
 
