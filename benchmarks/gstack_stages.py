@@ -1,6 +1,5 @@
 """What `gstack_speedup.py` runs: its searches, and the runs at length that are told what the searches have found."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +41,7 @@ UNSEEN = ("unseen-grown", "unseen-formula", "unseen-random")
 FINALS = (*BUDGETS, *UNSEEN)
 LONGER = 190 / 120
 """Of the grown runs' budgets, halfway, to the search's: what comes before the last growth is as much longer."""
-SMOKE_BUDGETS = "[40e3,50e3]"
+SMOKE_BUDGETS = "40e3,50e3"
 
 
 def _space(**grids: str) -> str:
@@ -60,7 +59,7 @@ def stage_words(name: str, folder: Path, *, smoke: bool) -> list[str]:
     """
     words = _at_length(name, folder)
     if smoke:
-        words += [re.sub(r"(?<=plan.tokens:{grid:)\[.*?]", SMOKE_BUDGETS, words.pop()), "train.evaluate_every=10"]
+        words += [_space(tokens=SMOKE_BUDGETS), "train.evaluate_every=10"]
     return words
 
 

@@ -165,7 +165,7 @@ def decode_attention_triton(
     positions_R: Tensor,
     then: Groups | None = None,
 ) -> tuple[Tensor, Listed | None]:
-    """Same contract as `listing_decode_attention`. Products in the dtype of the cache, sums in fp32."""
+    """Same contract as `decode_attention`. Products in the dtype of the cache, sums in fp32."""
     rows, heads, dim = q_RNH.shape
     kv_heads = k_STKH.shape[2]
     shared = heads // kv_heads

@@ -135,8 +135,8 @@ def heats(trials: Iterable[Trial], *, grace: float) -> tuple[Heat, ...]:
 
 def _schedule(trial: Trial) -> tuple[Any, ...]:
     """How a trial was told to decay."""
-    run, last = trial.run, trial.phases[-1]
-    return last.schedule.kind, run.train.schedule.decay, run.plan.phases[last.name].decay
+    run, schedule = trial.run, trial.run.train.schedule
+    return schedule.kind, schedule.decay, run.plan.phases[trial.phases[-1].name].decay
 
 
 class AshaOnFlops(FIFOScheduler):

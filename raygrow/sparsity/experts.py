@@ -1,7 +1,7 @@
 """A mixture of experts that reads only the weights of the entries that are kept.
 
-Shapes: B batch, T tokens, N = B x T, K experts of a token, S = N x K slots (pairs of a token and one of its experts),
-D model, F hidden, G what is read of `mlp` (gate and up side by side), E experts.
+Shapes: B batch, T tokens, N = B x T, R rows, K experts of a row or token, S = N x K slots (pairs of a token and one of
+its experts), D model, F hidden, G what is read of `mlp` (gate and up side by side), E experts.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raygrow.kernels.grouped_mm import grouped_mm
-from raygrow.kernels.sparse_linear import select, sparse_expert_linear
+from raygrow.kernels.sparse_linear import Selection, select, sparse_expert_linear
 from raygrow.kernels.threshold_linear import threshold_expert_linear
 from raygrow.nn.linear import constant
 from raygrow.nn.mlp import fusible, readers
@@ -68,17 +68,17 @@ class SparseMoe(nn.Module):
         """Each slot with its own rows of its expert's weights. On CUDA nothing waits for the device."""
         of_x, of_hidden = self.selectors
         _, weights_BTK, experts_BTK = self.moe.choose(x_BTD)
-        expert_S, k = experts_BTK.flatten(), experts_BTK.shape[-1]
-        x_SD = x_BTD.flatten(0, 1).repeat_interleave(k, 0)
+        x_ND, expert_NK = x_BTD.flatten(0, 1).contiguous(), experts_BTK.flatten(0, 1)
         hidden_SF = kept_expert_linear(
-            x_SD, of_x.choice, of_x.scale_D, self.up_EDG, expert_S, self.up_bias_EG, gated=self.gated
+            x_ND, of_x.choice, of_x.scale_D, self.up_EDG, expert_NK, self.up_bias_EG, gated=self.gated
         )
         if not self.gated:
             hidden_SF = self.activate(*hidden_SF.chunk(self.parts, dim=1)).contiguous()
+        expert_S = expert_NK.flatten()
         y_SD = kept_expert_linear(
-            hidden_SF, of_hidden.choice, self._scale(expert_S), self.down_EFD, expert_S, self.down_bias_ED
+            hidden_SF, of_hidden.choice, self._scale(expert_S), self.down_EFD, expert_S[:, None], self.down_bias_ED
         )
-        return (y_SD.unflatten(0, (-1, k)) * weights_BTK.flatten(0, 1)[..., None]).sum(1)
+        return (y_SD.unflatten(0, expert_NK.shape) * weights_BTK.flatten(0, 1)[..., None]).sum(1)
 
     def _expert_by_expert(self, x_BTD: Tensor, rows: slice) -> Tensor:
         """Slots sorted by expert, by grouped products."""
@@ -102,16 +102,22 @@ class SparseMoe(nn.Module):
 
 
 def kept_expert_linear(
-    x_SD: Tensor,
+    x_RD: Tensor,
     choice: Choice,
     scale: Tensor | None,
     weight_EDF: Tensor,
-    expert_S: Tensor,
+    expert_RK: Tensor,
     bias_EF: Tensor | None,
     *,
     gated: bool = False,
 ) -> Tensor:
-    """What slots keep of their inputs, times their experts' weights. Arguments as of `threshold_expert_linear`."""
+    """What rows keep, times the weights of each of their experts, `(R x K, F)`. What is kept is chosen once for a row.
+
+    Arguments are those of `threshold_expert_linear`, but for the experts, of which a row has K.
+    """
+    expert_S, k = expert_RK.flatten(), expert_RK.shape[1]
     if choice.threshold is not None:
+        x_SD = x_RD.repeat_interleave(k, 0)
         return threshold_expert_linear(x_SD, weight_EDF, expert_S, choice.threshold, scale, bias_EF, gated=gated)
-    return sparse_expert_linear(select(x_SD, choice.keep, scale), weight_EDF, expert_S, bias_EF, gated=gated)
+    kept = Selection(*(part.repeat_interleave(k, 0) for part in select(x_RD, choice.keep, scale)))
+    return sparse_expert_linear(kept, weight_EDF, expert_S, bias_EF, gated=gated)

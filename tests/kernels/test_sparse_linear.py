@@ -279,6 +279,7 @@ class TestKernels:
                 assert relative_error(shared_RF, true_RF) < tolerance
             # the same once more: the tickets are back at zero, and nothing depends on which program ends last
             assert torch.equal(sparse_linear(selection, weight_DF, bias_F, **extras), found_RF)
+            assert torch.equal(masked_linear(dense_RD, weight_DF, bias_F, **extras), shared_RF)
 
     @pytest.mark.parametrize("stages", [1, 3])
     @pytest.mark.parametrize("parts", [1, 2, 7, 64])
