@@ -247,14 +247,21 @@ def test_who_comes_too_much_is_told_when_to_come_again(deploy: Callable[..., str
     few = {"max_ongoing_requests": 1, "max_queued_requests": 1, "retry_after_s": 7}
     url = deploy(described(model, engine={"max_num_seqs": 1}, **few))
 
-    async def too_many() -> list[Answer]:
-        body = {"model": "small", "prompt": "a", "max_tokens": 300, "ignore_eos": True}
+    async def too_many() -> tuple[Answer, list[Answer]]:
+        body = {"model": "small", "prompt": "a", "max_tokens": LONG, "ignore_eos": True}
+        first = Answer()
         async with client() as session:
-            return await asyncio.gather(*(complete(session, url, **body) for _ in range(8)))
+            stream = events(session, url, first, **body)
+            await anext(stream)  # it has the one slot: of those that come now, one may wait
+            later = [asyncio.create_task(complete(session, url, **body)) for _ in range(7)]
+            async for _ in stream:
+                pass
+            return first, await asyncio.gather(*later)
 
-    answers = asyncio.run(too_many())
-    refused = [answer for answer in answers if not answer.whole]
-    assert len(answers) - len(refused) >= 2
+    first, later = asyncio.run(too_many())
+    refused = [answer for answer in later if not answer.whole]
+    assert first.whole
+    assert len(refused) < len(later)
     assert refused
     for answer in refused:
         assert (answer.status, answer.headers["Retry-After"]) == (429, "7")
