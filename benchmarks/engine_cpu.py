@@ -20,7 +20,8 @@ from common import write_results
 from transformers import AutoModelForCausalLM
 
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import Engine, load_engine
+from raygrow.infer.engine import Engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.request import Request
 from raygrow.infer.sampling import Sampling
 from raygrow.nn.config import ModelConfig

@@ -50,7 +50,8 @@ from workload import (
     run_engine,
 )
 
-from raygrow.infer.engine import Engine, load_engine
+from raygrow.infer.engine import Engine
+from raygrow.infer.load import load_engine
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.joined import join
 from raygrow.nn.rack import Rack

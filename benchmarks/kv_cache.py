@@ -27,7 +27,8 @@ from torch import Tensor
 
 from raygrow.infer.attention import Decodes, cache_attends
 from raygrow.infer.graphs import DecodeGraphs
-from raygrow.infer.kv_cache import KvCache, Layout
+from raygrow.infer.kv_cache import KvCache
+from raygrow.infer.kv_layout import Layout
 from raygrow.infer.slots import MAPPED_AHEAD
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights

@@ -167,7 +167,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def with_engine(folder: Path, config: Any, loads: list[Load]) -> list[dict[str, Any]]:
     """`Engine.step`, again and again: nobody waits for single tokens."""
-    from raygrow.infer.engine import load_engine
+    from raygrow.infer.load import load_engine
 
     engine = load_engine(folder, config)
     rows = []
@@ -180,7 +180,7 @@ def with_engine(folder: Path, config: Any, loads: list[Load]) -> list[dict[str, 
 
 def with_loop(folder: Path, config: Any, loads: list[Load]) -> list[dict[str, Any]]:
     """The engine in its thread, asked by coroutines."""
-    from raygrow.infer.engine import load_engine
+    from raygrow.infer.load import load_engine
     from raygrow.infer.loop import EngineLoop
 
     loop = EngineLoop(load_engine(folder, config))

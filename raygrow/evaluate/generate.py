@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import load_engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.request import Request
 from raygrow.infer.sampling import Sampling
 

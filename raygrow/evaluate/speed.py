@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import Engine, load_engine
+from raygrow.infer.engine import Engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.request import Request
 from raygrow.infer.sampling import Sampling
 from raygrow.nn.device import choose_device

@@ -5,9 +5,7 @@ have reached are real (vAttention, arXiv 2405.04437), so attention reads plain c
 tokens. Here is the policy and the accounting; the pages come from `host_memory` or `device_memory`.
 
 All tensors grow alike: page p of a slot is mapped in all of them or in none. So the accounting counts *strips*, page p
-of one slot in every tensor, and a row's state is a number.
-
-Shapes: S slots and one scratch slot, T tokens, K key-value heads, H head dim.
+of one slot in every tensor, and a row's state is a number. Where they lie is told by `kv_layout`.
 """
 
 import logging
@@ -17,11 +15,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from raygrow.infer.kv_layout import KvLayout, Layout
 from raygrow.infer.memory import default_page, reserve, whole
 from raygrow.nn.config import ModelConfig
 
@@ -32,13 +30,6 @@ SPARE_STRIPS = 2
 
 SECONDS_WITHOUT = 1.0
 """Until a device that had less memory than the budget is asked again."""
-
-Layout = Literal["block", "interleaved"]
-"""Where a token's keys and values lie, which are always side by side: those of each Block in a tensor of its own, or
-those of all Blocks in one tensor.
-
-A page of the first holds many tokens of one Block, which is fast to read; a page of the second few tokens of all
-Blocks, which wastes less memory on the last, half-empty page of a sequence."""
 
 
 class KvUsage(NamedTuple):
@@ -110,17 +101,13 @@ class KvCache:
         """A slot for rows without a sequence, such as those that fill up a CUDA graph: its first token can always be
         written and read."""
         self.max_tokens = max_tokens
-        interleaved = layout == "interleaved"
-        self._tensors = 1 if interleaved else config.n_blocks
-        self._token_bytes = 2 * config.n_kv_heads * config.head_dim * dtype.itemsize
-        if interleaved:
-            self._token_bytes *= config.n_blocks
         device = whole(torch.device(device))
         page = page_bytes or default_page(device)
-        self._row_bytes = -(-max_tokens * self._token_bytes // page) * page
-        self._page_bytes = page
+        self._layout = KvLayout(
+            config, rows=slots + 1, max_tokens=max_tokens, dtype=dtype, layout=layout, page_bytes=page
+        )
         self._budget_bytes = budget_bytes
-        self._limit = self._most = budget_bytes // self._strip_bytes
+        self._limit = self._most = budget_bytes // self._layout.strip_bytes
         self._ask_again, self._warned = 0.0, False
         """When to, if the device has less than the budget; and whether that has been said."""
         self._mapped = self._maps = self._unmaps = self._clock = 0
@@ -129,21 +116,20 @@ class KvCache:
         self._coming_to: _Row | None = None
         self._lock = threading.Condition(threading.Lock())
         self._rows = [_Row(index) for index in range(slots + 1)]
-        needed = 2 * self._pages(1)
+        needed = 2 * self._layout.pages(1)
         if self._limit < needed:
             raise ValueError(
                 f"budget_bytes={budget_bytes:,}: the KV cache of this model needs at least "
-                f"{needed * self._strip_bytes:,} ({self._tensors} tensors, pages of {page:,} bytes)"
+                f"{needed * self._layout.strip_bytes:,} ({self._layout.tensors} tensors, pages of {page:,} bytes)"
             )
-        self._memory = reserve(self._tensors * (slots + 1) * self._row_bytes, dtype, device, page)
+        self._memory = reserve(self._layout.nbytes, dtype, device, page)
         self._mapper = ThreadPoolExecutor(1, "kv-cache") if self._memory.maps_slowly else None
         self._asked: set[int] = set()
         """Slots that pages are being mapped for, ahead."""
         self._failure: Exception | None = None
-        shape = slots + 1, max_tokens, config.n_kv_heads, config.head_dim
-        self.k, self.v = self._views(config.n_blocks, shape, interleaved)
+        self.k, self.v = self._layout.views(self._memory.flat)
         if not self.ensure(self.scratch, 1):
-            raise MemoryError(f"the device has not even {self._strip_bytes:,} bytes left for a KV cache")
+            raise MemoryError(f"the device has not even {self._layout.strip_bytes:,} bytes left for a KV cache")
         for tensor in (*self.k, *self.v):
             tensor[self.scratch, :1] = 0
         self._create_spare()
@@ -151,7 +137,7 @@ class KvCache:
     @property
     def max_sequence_tokens(self) -> int:
         """Tokens of the longest sequence that the budget would hold if it were alone."""
-        return min(self.max_tokens, self._tokens(self._limit - self._pages(1)))
+        return min(self.max_tokens, self._layout.tokens(self._limit - self._layout.pages(1)))
 
     def ensure(self, slot: int, tokens: int) -> bool:
         """Makes positions below `tokens` of a slot usable; what the slot holds there stays.
@@ -168,7 +154,7 @@ class KvCache:
         if row.busy and tokens <= row.reach:
             row.tokens = max(row.tokens, tokens)
             return True
-        pages = self._pages(tokens)
+        pages = self._layout.pages(tokens)
         with self._lock:
             if self._failure is not None:
                 raise RuntimeError("the KV cache could not map memory") from self._failure
@@ -176,7 +162,7 @@ class KvCache:
                 return False
             if not row.busy:
                 row.found = min(row.tokens, tokens)
-            row.busy, row.tokens, row.reach = True, tokens, self._tokens(pages)
+            row.busy, row.tokens, row.reach = True, tokens, self._layout.tokens(pages)
         return True
 
     def release(self, slot: int, keep_tokens: int = 0) -> None:
@@ -215,22 +201,22 @@ class KvCache:
         with self._lock:
             row = self._rows[source]
             tokens = min(tokens, row.tokens)
-            size = tokens * self._token_bytes // self._memory.flat.itemsize
-            rows = self._memory.flat.view(self._tensors, len(self._rows), -1)
+            size = tokens * self._layout.token_bytes // self._memory.flat.itemsize
+            rows = self._memory.flat.view(self._layout.tensors, len(self._rows), -1)
             rows[:, target, :size] = rows[:, source, :size]
             row.fence = self._memory.fence()
         return tokens
 
     def capacity(self, slot: int) -> int:
         """Tokens for which a slot's pages are mapped, in use or not."""
-        return min(self.max_tokens, self._tokens(self._rows[slot].pages))
+        return min(self.max_tokens, self._layout.tokens(self._rows[slot].pages))
 
     def map_ahead(self, slot: int, tokens: int) -> None:
         """Maps what `ensure(slot, tokens)` will need, at most one page per tensor ahead of what the slot has."""
         row = self._rows[slot]
-        if tokens * self._token_bytes <= row.pages * self._page_bytes:  # nearly always
+        if tokens * self._layout.token_bytes <= row.pages * self._layout.page_bytes:  # nearly always
             return
-        pages = min(self._pages(min(tokens, self.max_tokens)), self._pages(row.tokens) + 1)
+        pages = min(self._layout.pages(min(tokens, self.max_tokens)), self._layout.pages(row.tokens) + 1)
         if not row.busy or pages <= row.pages or slot in self._asked:
             return
         if self._mapper is None:
@@ -246,20 +232,20 @@ class KvCache:
             before = self._mapped
             for row, pages in self._victims(None, urgent=True):
                 self._shrink(row, pages)
-            self._memory.trim(SPARE_STRIPS * self._tensors)
-            return (before - self._mapped) * self._strip_bytes
+            self._memory.trim(SPARE_STRIPS * self._layout.tensors)
+            return (before - self._mapped) * self._layout.strip_bytes
 
     @property
     def usage(self) -> KvUsage:
         """Bytes and counts, now. It waits for no page that is being mapped ahead, and may count it late."""
-        used, mapped = sum(self._pages(row.tokens) for row in self._rows if row.busy), self._mapped
+        used, mapped = sum(self._layout.pages(row.tokens) for row in self._rows if row.busy), self._mapped
         return KvUsage(
-            used_bytes=used * self._strip_bytes,
-            mapped_bytes=mapped * self._strip_bytes,
-            reclaimable_bytes=(mapped - used) * self._strip_bytes,
+            used_bytes=used * self._layout.strip_bytes,
+            mapped_bytes=mapped * self._layout.strip_bytes,
+            reclaimable_bytes=(mapped - used) * self._layout.strip_bytes,
             budget_bytes=self._budget_bytes,
-            maps=self._maps * self._tensors,
-            unmaps=self._unmaps * self._tensors,
+            maps=self._maps * self._layout.tensors,
+            unmaps=self._unmaps * self._layout.tensors,
             spare_bytes=self._memory.spare_bytes,
         )
 
@@ -270,29 +256,6 @@ class KvCache:
         with self._lock:
             self._memory.close()
 
-    @property
-    def _strip_bytes(self) -> int:
-        return self._tensors * self._page_bytes
-
-    def _pages(self, tokens: int) -> int:
-        return -(-tokens * self._token_bytes // self._page_bytes)
-
-    def _tokens(self, pages: int) -> int:
-        return pages * self._page_bytes // self._token_bytes
-
-    def _views(
-        self, blocks: int, shape: tuple[int, int, int, int], interleaved: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        flat, heads = self._memory.flat, shape[2] * shape[3]
-        row = self._row_bytes // flat.itemsize
-        stride = row, 2 * heads * (blocks if interleaved else 1), shape[3], 1
-
-        def view(block: int, part: int) -> Tensor:
-            start = 2 * block * heads if interleaved else block * shape[0] * row
-            return flat.as_strided(shape, stride, start + part * heads)
-
-        return [view(block, 0) for block in range(blocks)], [view(block, 1) for block in range(blocks)]
-
     def _grow(self, row: _Row, pages: int) -> bool:
         """Maps a row's pages up to a number, taking others back if it must."""
         self._raise_limit()
@@ -302,7 +265,7 @@ class KvCache:
                 continue
             if not self._make_room(strips, row, urgent=True):
                 return False
-            taken = self._memory.take(strips * self._tensors)
+            taken = self._memory.take(strips * self._layout.tensors)
             if taken is None:
                 self._lower_limit()
                 continue
@@ -312,8 +275,8 @@ class KvCache:
 
     def _map(self, row: _Row, taken: list[Any]) -> None:
         """Maps physical pages behind those that a row has."""
-        each = len(taken) // self._tensors
-        for number, offset in enumerate(self._offsets(row, row.pages)):
+        each = len(taken) // self._layout.tensors
+        for number, offset in enumerate(self._layout.offsets(row.index, row.pages)):
             self._memory.map(offset, taken[number * each : (number + 1) * each])
 
     def _count(self, row: _Row, strips: int) -> None:
@@ -328,7 +291,7 @@ class KvCache:
 
     def _lower_limit(self) -> None:
         """Makes do with what the device has given so far."""
-        self._limit = self._mapped + self._coming + self._memory.spare_bytes // self._strip_bytes
+        self._limit = self._mapped + self._coming + self._memory.spare_bytes // self._layout.strip_bytes
         self._ask_again = time.monotonic() + SECONDS_WITHOUT
         if self._warned:
             return
@@ -336,7 +299,7 @@ class KvCache:
         logger.warning(
             "the device has less memory than the KV cache's budget of %s bytes: %s have to do",
             f"{self._budget_bytes:,}",
-            f"{self._limit * self._strip_bytes:,}",
+            f"{self._limit * self._layout.strip_bytes:,}",
         )
 
     def _map_ahead(self, row: _Row, pages: int) -> None:
@@ -351,12 +314,12 @@ class KvCache:
     def _grow_ahead(self, row: _Row, pages: int) -> None:
         """Maps a row's pages up to a number, if there is room for them."""
         with self._lock:
-            strips = min(pages, self._pages(row.tokens) + 1) - row.pages
+            strips = min(pages, self._layout.pages(row.tokens) + 1) - row.pages
             # its sequence may have ended since it was asked for
             if not row.busy or strips <= 0 or not self._make_room(strips, row, urgent=False):
                 return
             with self._unlocked(strips, row):
-                taken = self._memory.take(strips * self._tensors)
+                taken = self._memory.take(strips * self._layout.tensors)
                 if taken is not None:
                     self._map(row, taken)
             if taken is None:
@@ -369,7 +332,7 @@ class KvCache:
             strips = min(SPARE_STRIPS, self._limit - self._mapped)
             if strips > 0:
                 with self._unlocked(strips):
-                    self._memory.create(strips * self._tensors)
+                    self._memory.create(strips * self._layout.tensors)
 
     @contextmanager
     def _unlocked(self, strips: int, row: _Row | None = None) -> Iterator[None]:
@@ -402,14 +365,14 @@ class KvCache:
 
     def _victims(self, asker: _Row | None, *, urgent: bool) -> Iterator[tuple[_Row, int]]:
         """Rows that can give pages, and how many each must keep: what is least worth keeping first."""
-        rows = [row for row in self._rows if row is not asker]
+        rows, pages = [row for row in self._rows if row is not asker], self._layout.pages
         busy = [row for row in rows if row.busy]
         ended = sorted((row for row in rows if not row.busy), key=lambda row: row.ended)
-        yield from ((row, self._pages(row.tokens)) for row in ended)  # what nobody will read
-        yield from ((row, self._pages(row.tokens) + 1) for row in busy)  # left over from the slot's sequence before
+        yield from ((row, pages(row.tokens)) for row in ended)  # what nobody will read
+        yield from ((row, pages(row.tokens) + 1) for row in busy)  # left over from the slot's sequence before
         yield from ((row, 0) for row in ended)  # what might be read again: the oldest first, from its end
         if urgent:
-            yield from ((row, self._pages(row.tokens)) for row in busy)  # mapped ahead
+            yield from ((row, pages(row.tokens)) for row in busy)  # mapped ahead
 
     def _shrink(self, row: _Row, pages: int) -> int:
         """Unmaps a row's pages from a number on. Returns how many, per tensor."""
@@ -419,16 +382,11 @@ class KvCache:
         if row.fence is not None:
             row.fence.synchronize()
             row.fence = None
-        for offset in self._offsets(row, pages):
-            self._memory.unmap(offset, surplus * self._page_bytes)
+        for offset in self._layout.offsets(row.index, pages):
+            self._memory.unmap(offset, surplus * self._layout.page_bytes)
         row.pages = pages
         if not row.busy:
-            row.tokens = min(row.tokens, self._tokens(pages))
+            row.tokens = min(row.tokens, self._layout.tokens(pages))
         self._mapped -= surplus
         self._unmaps += surplus
         return surplus
-
-    def _offsets(self, row: _Row, page: int) -> Iterator[int]:
-        """Where a page of a row begins, in every tensor."""
-        for tensor in range(self._tensors):
-            yield (tensor * len(self._rows) + row.index) * self._row_bytes + page * self._page_bytes

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import load_engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.request import Request
 from raygrow.infer.sampling import Sampling
 from raygrow.text.chat_template import ChatTemplate

@@ -21,7 +21,7 @@ from ray.serve.config import AutoscalingPolicy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from raygrow.infer.engine import sparsity_plan
+from raygrow.infer.load import sparsity_plan
 from raygrow.infer.request import Delta, PromptTooLong, Request
 from raygrow.runtime.cluster import connect, has_gpu
 from raygrow.runtime.openai.app import make_app

@@ -16,7 +16,7 @@ from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingContext
 
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import load_engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.loop import EngineEnded
 from raygrow.infer.process import HANGING_SECONDS, EngineProcess
 from raygrow.infer.request import Delta, Request

@@ -9,7 +9,7 @@ from typing import Any
 from raygrow.evaluate.perplexity import evaluate_model
 from raygrow.evaluate.sparsify import sparsify_model
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import load_engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.request import Request, merged
 from raygrow.infer.sampling import Sampling
 from raygrow.nn.config import ModelConfig

@@ -14,7 +14,7 @@ from raygrow.cli import main
 from raygrow.evaluate.perplexity import evaluate_model
 from raygrow.evaluate.sparsify import sparsify_model
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import load_engine
+from raygrow.infer.load import load_engine
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack

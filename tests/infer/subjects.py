@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import Engine, load_engine
+from raygrow.infer.engine import Engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.request import Delta, Request
 from raygrow.infer.sampling import Sampling
 from raygrow.nn.config import ModelConfig

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import Engine, load_engine
+from raygrow.infer.engine import Engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.request import Delta
 from raygrow.infer.slots import MIN_COPIED
 from raygrow.nn.config import ModelConfig

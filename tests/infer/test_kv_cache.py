@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from raygrow.infer import kv_cache
-from raygrow.infer.kv_cache import KvCache, Layout
+from raygrow.infer.kv_cache import KvCache
+from raygrow.infer.kv_layout import Layout
 from raygrow.nn.config import ModelConfig
 from tests.infer import fake_driver
 from tests.infer.fake_driver import FakeDriver
@@ -454,7 +455,7 @@ class Sequences:
         usage = cache.usage
         assert usage.used_bytes + usage.reclaimable_bytes == usage.mapped_bytes
         assert usage.mapped_bytes + usage.spare_bytes <= usage.budget_bytes
-        page, strip, token = cache._page_bytes, cache._strip_bytes, cache._token_bytes
+        page, strip, token = cache._layout.page_bytes, cache._layout.strip_bytes, cache._layout.token_bytes
         assert (usage.maps - usage.unmaps) * page == usage.mapped_bytes
         pages = 1 + sum(-(-tokens * token // page) for _, tokens in self.running.values())
         assert usage.used_bytes == pages * strip

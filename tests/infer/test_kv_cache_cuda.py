@@ -6,7 +6,8 @@ Shapes: R rows, N heads, H head dim.
 import pytest
 import torch
 
-from raygrow.infer.kv_cache import KvCache, Layout
+from raygrow.infer.kv_cache import KvCache
+from raygrow.infer.kv_layout import Layout
 from raygrow.kernels.decode_attention import decode_attention
 from raygrow.nn.config import ModelConfig
 from tests.infer.test_kv_cache import LAYOUTS, Sequences, assert_holds, settle, write

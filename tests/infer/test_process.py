@@ -17,7 +17,8 @@ import pytest
 
 from raygrow.infer import process
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import Engine, load_engine
+from raygrow.infer.engine import Engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.process import EngineProcess
 from raygrow.infer.request import Delta, PromptTooLong, Request
 from raygrow.nn.config import ModelConfig
@@ -154,7 +155,7 @@ def test_it_ends_with_the_process_that_started_it(folder: Path):
     script = """
         import os, signal, sys
         from functools import partial
-        from raygrow.infer.engine import load_engine
+        from raygrow.infer.load import load_engine
         from raygrow.infer.process import EngineProcess
         pid = EngineProcess(partial(load_engine, sys.argv[1]))._process.pid
         print(pid, flush=True)

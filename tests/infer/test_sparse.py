@@ -9,7 +9,8 @@ import torch
 
 from raygrow.infer import graphs
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import Engine, load_engine
+from raygrow.infer.engine import Engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.runner import Runner
 from raygrow.kernels.group_select import list_groups
 from raygrow.nn.config import ModelConfig
@@ -253,7 +254,7 @@ def test_graphs_are_of_sparse_rows(mixtral: SparseSubject, ahead: bool, monkeypa
 
         return replay, outputs, pool
 
-    monkeypatch.setattr("raygrow.infer.engine.SparseRows", lambda: rows)
+    monkeypatch.setattr("raygrow.infer.load.SparseRows", lambda: rows)
     monkeypatch.setattr(graphs, "record", torch.inference_mode()(record))
     monkeypatch.setattr("raygrow.infer.engine.can_record", lambda model: True)
     engine = mixtral.engine(max_num_seqs=6, async_scheduling=ahead)
@@ -299,13 +300,13 @@ def test_a_sparsity_is_a_share(sparsity: float):
 
 
 def test_what_cannot_be_is_told_before_weights_are_read(mixtral: SparseSubject, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("raygrow.infer.engine.load_model", None)
+    monkeypatch.setattr("raygrow.infer.load.load_model", None)
     with pytest.raises(ValueError, match=r"sparsity=0\.4: this model was made for 0\.3, 0\.5; choose one of them"):
         mixtral.engine(sparsity=0.4)
 
 
 def test_a_dense_model_has_no_level(subject: Subject, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("raygrow.infer.engine.load_model", None)
+    monkeypatch.setattr("raygrow.infer.load.load_model", None)
     with pytest.raises(FileNotFoundError, match=rf"is a dense model: it has no {PLAN_FILE}"):
         subject.engine(sparsity=0.4)
 

@@ -18,7 +18,7 @@ from ray import serve
 
 from raygrow.data.corpus import FilesCorpus
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import load_engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.request import Request
 from raygrow.infer.sampling import Sampling
 from raygrow.runtime.serve import APP, build

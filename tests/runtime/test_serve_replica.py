@@ -62,11 +62,11 @@ def test_load_asks_for_replicas(requests: int, running: Any, waiting: Any, wante
 
 BROKEN = """
     import os, time
-    from raygrow.infer import engine, process
+    from raygrow.infer import load, process
 
     def load_engine(folder, config):
         process.STUCK_SECONDS = 0.5
-        loaded = engine.load_engine(folder, config)
+        loaded = load.load_engine(folder, config)
         loaded.step = lambda: {fault}
         return loaded
 """

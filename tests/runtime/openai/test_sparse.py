@@ -7,7 +7,7 @@ import httpx2
 import pytest
 
 from raygrow.infer.config import EngineConfig
-from raygrow.infer.engine import load_engine
+from raygrow.infer.load import load_engine
 from raygrow.infer.request import Request
 from raygrow.infer.sampling import Sampling
 from raygrow.nn.rack import Rack
