@@ -23,8 +23,10 @@ from raygrow.composed import COMPOSED
 OVERVIEW = """\
 raygrow pre-trains language models by growth: train a small one, grow it, go on training.
 
+  start     raygrow prepare --config-name quickstart          first steps: a small text ...
+            raygrow train --config-name quickstart            ... and a tiny model, minutes on two CPU cores
   text      raygrow prepare                                   Python's standard library -> token shards
-  train     raygrow train plan=gstack control=true            a grown model, and one from scratch beside it
+  train     raygrow train plan=gstack control=true            a grown model, and one from scratch; hours on a CPU
   search    raygrow tune space=growth_timing                  when to grow, and by how much, tried out on a cluster
   look      raygrow report runs/tiny-gstack                   loss against FLOPs, growth checks, who won
             raygrow evaluate runs/tiny-gstack --data data/python_source
@@ -32,15 +34,16 @@ raygrow pre-trains language models by growth: train a small one, grow it, go on 
   serve     raygrow serve runs/tiny-gstack                    OpenAI's API and a page to chat, on Ray Serve
             raygrow chat http://localhost:8000                or in the terminal
   export    raygrow export runs/tiny-gstack OUT --format hf   a folder for transformers
-  all       raygrow pipeline                                  the whole way: text, growth, sparse model, server
+  all       raygrow pipeline                                  end to end: text, growth, sparse model, server
   sparse    raygrow sparsify runs/tiny-gstack OUT data=data/python_source     decoding reads part of the weights
   by hand   raygrow grow SMALL BIG operator=gstack factor=2   grow any model folder
-  plan      raygrow timing --params 7e9 --tokens 2e12         when to grow
+  plan      raygrow timing --params 1.1e9 --tokens 1e11       when to grow
 
 `raygrow COMMAND --help` explains one, with examples. RAYGROW_TRACEBACK=1 shows where an error came from,
 `raygrow --version` what is installed.
 """
 
+CONF = Path(__file__).parent / "conf"
 GROUPS = ("model", "data", "plan", "train", "space")
 """Folders of raygrow/conf: `plan=gstack` chooses a file there."""
 
@@ -129,7 +132,7 @@ def _compose(
 ) -> int:
     """Lets Hydra compose the settings, and calls `command` with the tree: once, or for each run of `--multirun`."""
     import hydra
-    from hydra.errors import HydraException, OverrideParseException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -143,6 +146,8 @@ def _compose(
             raise ValueError(
                 f"{error.override.lstrip('+')}: cannot be read as key=value; {_own_words(error)}"
             ) from error
+        except MissingConfigException as error:
+            raise ValueError(_missing(error.missing_cfg_file, error.options) or _own_words(error)) from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_own_words(error)) from error
 
@@ -177,6 +182,16 @@ def _with_space_file(word: str, aside: Path) -> str:
     (aside / "space").mkdir(exist_ok=True)
     shutil.copy(file, aside / "space")
     return f"space={file.stem}"
+
+
+def _missing(file: str | None, options: Sequence[str] | None) -> str | None:
+    """Names the files of a group, those in its folders too, which Hydra leaves out; None if another file is missing."""
+    group = (file or "").partition("/")[0]
+    if group not in GROUPS:
+        return None
+    nested = {path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).rglob("*/*.yaml")}
+    known = ", ".join(sorted({*(options or ()), *nested}))
+    return f"{file}: there is no such settings file. Available for {group}: {known}"
 
 
 def _own_words(error: Exception) -> str:

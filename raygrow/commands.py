@@ -12,15 +12,27 @@ from typing import Any
 from raygrow.command import MODEL, SETTINGS, TARGET, argument, registry
 
 COMMANDS, command = registry()
+TOP_P = argument(
+    "--top-p",
+    "nucleus sampling: draw among the likeliest tokens that together have this probability",
+    type=float,
+    default=0.95,
+)
 
 
-@command(MODEL, TARGET, argument("settings", "operator=gstack and its settings, format=hf or raygrow", **SETTINGS))
+@command(MODEL, TARGET, argument("settings", "operator=gstack and its settings; format=hf or raygrow", **SETTINGS))
 def grow(parsed: argparse.Namespace) -> int:
     """Grow a model folder.
 
     Takes raygrow's model folders and Hugging Face's Llama, Mixtral, Qwen3 and Qwen3Moe, and writes the same kind, or
     the one that `format` names: a Llama with experts is a Mixtral, a Qwen3 with experts a Qwen3Moe. Works tensor by
     tensor: the model is never in memory, whatever its size.
+
+    Settings of each operator (see docs/growth.md):
+      gstack    factor (4)
+      depth     extra_layers and source (last, middle, back, spread), or blocks; identity
+      width     factor (2), or d_model, heads and d_ff; untie, noise_snr_db (10), seed
+      experts   n_experts (8), top_k (2), router_std (0.02), norm_topk_prob, drop, blocks, seed
 
     Examples:
       raygrow grow models/small models/big operator=gstack factor=2                the whole model on top of itself
@@ -55,18 +67,21 @@ def grow(parsed: argparse.Namespace) -> int:
 
 
 @command(
-    argument("--params", "non-embedding parameters of the target, e.g. 7e9", type=float, required=True, metavar="N"),
-    argument("--tokens", "tokens of the run, e.g. 2e12", type=float, required=True, metavar="D"),
+    argument("--params", "non-embedding parameters of the target, e.g. 1.1e9", type=float, required=True, metavar="N"),
+    argument("--tokens", "tokens of the run, e.g. 1e11", type=float, required=True, metavar="D"),
     argument("--factor", "how many times deeper than the base the target is", type=int, default=4),
 )
 def timing(parsed: argparse.Namespace) -> int:
     """When to grow.
 
-    How many tokens to train the base on before stacking it: log10(d) = 0.88 log10(N) + 163.27 / log10(C) - 5.74, with
-    N non-embedding parameters of the final model and C = 6 N D FLOPs (arXiv 2405.15319).
+    Prints how many tokens d to train the base on before stacking it: log10(d) = 0.88 log10(N) + 163.27 / log10(C) -
+    5.74, with N non-embedding parameters of the final model and C = 6 N D FLOPs (arXiv 2405.15319). Fitted for N of
+    0.41e9 to 3e9 and C of 8e19 to 1.2e21; outside it is extrapolated, and a base of more than 20 % of the FLOPs is
+    replaced by 5 %.
 
     Examples:
-      raygrow timing --params 7e9 --tokens 2e12
+      raygrow timing --params 1.1e9 --tokens 1e11
+      raygrow timing --params 1.1e9 --tokens 1e11 --factor 2       a target twice as deep as its base
     """
     from raygrow.growth.timing import describe, growth_timing
 
@@ -77,10 +92,17 @@ def timing(parsed: argparse.Namespace) -> int:
 @command(
     MODEL,
     argument("--data", "folder of prepared data", type=Path, required=True),
-    argument("--sequences", "how many to score; 0 is all", type=int, default=0),
-    argument("--seq-len", "tokens in each; what a run trained with, or else the model's most", type=int),
-    argument("--sparsity", "a level of a model that was made sparse; it runs dense when not given", type=float),
-    argument("--policy", "which tokens count, and are sparse; dense all, sparse decode", choices=("decode", "all")),
+    argument("--sequences", "sequences to score; 0 is all", type=int, default=0),
+    argument(
+        "--seq-len", "tokens per sequence (default: the run's training length, else the model's maximum)", type=int
+    ),
+    argument("--sparsity", "one of the levels in the folder's sparsity.json (default: dense)", type=float),
+    argument(
+        "--policy",
+        "decode: score the second half of each sequence, sparse; all: score every token, all sparse "
+        "(default: decode with --sparsity, else all)",
+        choices=("decode", "all"),
+    ),
 )
 def evaluate(parsed: argparse.Namespace) -> int:
     """Loss, perplexity and bits per byte.
@@ -114,7 +136,7 @@ def evaluate(parsed: argparse.Namespace) -> int:
 @command(
     MODEL,
     TARGET,
-    argument("settings", "data=FOLDER, sparsity=0.4, method=larosa, rotation=block and others", **SETTINGS),
+    argument("settings", "data=FOLDER and others, see above", **SETTINGS),
 )
 def sparsify(parsed: argparse.Namespace) -> int:
     """Make a model sparse.
@@ -123,6 +145,10 @@ def sparsify(parsed: argparse.Namespace) -> int:
     least, token by token, and the weights that these would be multiplied by are not read. This calibrates a model on
     the train split of prepared data, turns it into a basis in which little is lost, searches how much to drop where,
     and measures what it costs on the validation split: the card is README.md, the plan sparsity.json.
+
+    Settings: data (required), sparsity (0.25, 0.4 and 0.5), method (rotated_wina, rotated_teal, grouped, larosa, wina,
+    teal, topk, relu), rotation (auto, none, global, block), split (search, ratio, uniform), sequences, seq_len,
+    search_sequences, evaluate_sequences, batch_size, device, speed. See docs/sparsity.md.
 
     Examples:
       raygrow sparsify runs/tiny-gstack models/sparse data=data/python_source
@@ -152,7 +178,7 @@ def sparsify(parsed: argparse.Namespace) -> int:
     return 0
 
 
-@command(MODEL, TARGET, argument("--format", "whose format", choices=("hf", "raygrow"), default="hf"))
+@command(MODEL, TARGET, argument("--format", "format of the folder to write", choices=("hf", "raygrow"), default="hf"))
 def export(parsed: argparse.Namespace) -> int:
     """Write a model as a folder for other programs.
 
@@ -216,10 +242,10 @@ def report(parsed: argparse.Namespace) -> int:
 
 @command(
     MODEL,
-    argument("--prompt", "text to continue; a new document when not given", default=""),
+    argument("--prompt", "text to continue (default: start a new document)", default=""),
     argument("--tokens", "tokens to add at most", type=int, default=200),
-    argument("--temperature", "0 takes the likeliest token", type=float, default=0.8),
-    argument("--top-p", "share of likely tokens to draw from", type=float, default=0.95),
+    argument("--temperature", "sampling temperature; 0 always takes the likeliest token", type=float, default=0.8),
+    TOP_P,
     argument("--seed", "the same seed gives the same text", type=int, default=0),
 )
 def generate(parsed: argparse.Namespace) -> int:
@@ -243,9 +269,14 @@ def generate(parsed: argparse.Namespace) -> int:
 
 
 @command(
-    argument("models", "model folders or finished runs, and settings as KEY=VALUE", nargs="+", metavar="MODEL"),
+    argument(
+        "models",
+        "model folders or finished runs; settings as KEY=VALUE may follow, see docs/serving.md",
+        nargs="+",
+        metavar="MODEL",
+    ),
     argument("--name", "what clients call the model; its folder's name when not given"),
-    argument("--sparsity", "a level of a model that was made sparse; it runs dense when not given", type=float),
+    argument("--sparsity", "one of the levels in the folder's sparsity.json (default: dense)", type=float),
     argument("--host", "where to listen; 0.0.0.0 lets other machines in", default="127.0.0.1"),
     argument("--port", "the port there", type=int, default=8000),
     argument("--yaml", "print the app as `serve deploy` takes it, start nothing", action="store_true"),
@@ -289,8 +320,8 @@ def serve(parsed: argparse.Namespace) -> int:
     argument("--model", "which of a server's models; its first when not given"),
     argument("--system", "what the model is told before the conversation"),
     argument("--tokens", "tokens of an answer at most", type=int, default=512),
-    argument("--temperature", "0 takes the likeliest token", type=float, default=0.8),
-    argument("--top-p", "share of likely tokens to draw from", type=float, default=0.95),
+    argument("--temperature", "sampling temperature; 0 always takes the likeliest token", type=float, default=0.8),
+    TOP_P,
     argument("--seed", "the same seed gives the same answers", type=int),
 )
 def chat(parsed: argparse.Namespace) -> int:

@@ -237,13 +237,15 @@ def describe(search: Search) -> str:
     with tempfile.TemporaryDirectory() as aside:
         (Path(aside) / MANIFEST_FILE).touch()  # data need not be prepared to know what is shared
         cut = [segments(t.phases, t.run.train, data=Path(aside), seed=t.run.seed) for t in trials]
-    lines = [f"{run.name}: {len(trials)} trials, and {search.samples} that Optuna chooses", ""]
+    chosen = f", and {search.samples} that Optuna chooses" if search.samples else ""
+    lines = [f"{run.name}: {len(trials)} trials{chosen}", ""]
     width = max((len(trial.name) for trial in trials), default=0)
     shared = 0.0
     for count, trial in enumerate(trials, 1):
         before, shared = shared, total_flops(cut[:count])
         steps = ", ".join(f"{phase.name} {phase.steps} steps" for phase in trial.phases)
-        lines.append(f"  {trial.name:<{width}} {trial.flops:.3g} FLOPs, of which {shared - before:.3g} anew   {steps}")
+        own = f"{trial.flops:.3g} FLOPs, {shared - before:.3g} not shared with trials above"
+        lines.append(f"  {trial.name:<{width}} {own}   {steps}")
     alone = sum(trial.flops for trial in trials)
     saved = f"{1 - shared / alone:.0%}" if alone else "0%"
     lines += [

@@ -5,19 +5,24 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
 
 from raygrow.cli import main
+from raygrow.growth.operator import GrowthConfig
 from raygrow.infer.config import EngineConfig
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.runtime.serve import check_port
 from raygrow.runtime.serve_config import read_config
+from raygrow.sparsity.config import SparsifyConfig
 from raygrow.text.tokenizer import train_tokenizer
 from raygrow.train.config import TrainConfig
 from raygrow.weights.folder import load_model, open_folder, write_folder
@@ -67,6 +72,19 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"raygrow {command} " in capsys.readouterr().out.partition("Examples:")[2]
 
 
+@pytest.mark.parametrize(
+    ("command", "configs"), [("sparsify", [SparsifyConfig]), ("grow", get_args(GrowthConfig))], ids=["sparsify", "grow"]
+)
+def test_help_names_every_setting(
+    command: str, configs: Sequence[type[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out.partition("Examples:")[0]
+    settings = {setting.name for config in configs for setting in fields(config)}
+    assert not [setting for setting in settings if not re.search(rf"\b{setting}\b", shown)]
+
+
 def test_help_and_arithmetic_load_neither_torch_nor_ray() -> None:
     code = (
         "import sys; from raygrow.cli import main; main([]); main(['timing', '--params', '1e9', '--tokens', '1e11']);"
@@ -92,7 +110,9 @@ def test_timing(params: str, tokens: str, base: float, capsys: pytest.CaptureFix
     [
         (["train.optimiser.lr=1"], "train.optimiser: there is no such key. Did you mean train.optimizer?"),
         (["sead=1"], "sead: there is no such key. Did you mean seed?"),
-        (["plan=gstck"], "plan/gstck"),
+        (["plan=gstck"], "plan/gstck: there is no such settings file. Available for plan: gstack, "),
+        (["model=nope"], "decoder/llama/1b, decoder/llama/small, decoder/llama/tiny, decoder/moe/450m, "),
+        (["model=decoder/llama/nope"], "model/decoder/llama/nope: there is no such settings file"),
         (["data=files"], "data.files is missing"),
         (["plan.phases.stacked.growth.factor=2.5"], "plan.phases.stacked.growth.factor=2.5"),
         (["plan.phases.stacked.growth.factor=3", "dry_run=true"], "factor=3"),

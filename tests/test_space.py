@@ -64,14 +64,14 @@ def test_budgets_share_their_bases_and_their_trunks() -> None:
         alone += sum(part.flops for cut in budgets.values() for part in cut)
     assert shared < 0.58 * alone
     told = describe(found)
-    anew = {
-        name: float(line.split("which ")[1].split()[0])
+    unshared = {
+        name: float(line.split("FLOPs, ")[1].split()[0])
         for line in told.splitlines()
-        if "anew" in line
+        if "not shared" in line
         for name in [line.split()[0]]
     }
     for budget in (14, 20):
-        assert anew[f"plan.tokens-{budget}000000_base.tokens-1000000_factor-4_seed-1"] < 4e14
+        assert unshared[f"plan.tokens-{budget}000000_base.tokens-1000000_factor-4_seed-1"] < 4e14
 
 
 def segments_of(trial: Trial) -> tuple[Any, ...]:
