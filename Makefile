@@ -3,34 +3,37 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test test-slow lint format bench clean
+.PHONY: quickstart help test test-slow lint format bench clean
 
-quickstart: $(INSTALLED)  ## a tiny model on real text: grown, and from scratch at equal compute
+quickstart: $(INSTALLED)  ## a tiny model on real text: grown, and from scratch at equal compute; minutes
 	$(BIN)/raygrow prepare --config-name quickstart
 	$(BIN)/raygrow train --config-name quickstart
 	$(BIN)/raygrow generate runs/quickstart --prompt "def "
 
-test: $(INSTALLED)  ## minutes
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
+
+test: $(INSTALLED)  ## the tests, but for slow ones and those for a GPU; minutes
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test-slow: $(INSTALLED)  ## faults and several workers
+test-slow: $(INSTALLED)  ## the slow tests: faults and several workers
 	$(BIN)/pytest -m "slow and not gpu"
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## style, types, and which package imports which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 
-format: $(INSTALLED)
+format: $(INSTALLED)  ## formats the code, and mends what ruff can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED)  ## for one GPU; see benchmarks/README.md
+bench: $(INSTALLED)  ## benchmarks of training, for one GPU; see benchmarks/README.md
 	$(BIN)/python benchmarks/train_throughput.py
 	$(BIN)/python benchmarks/gstack_speedup.py search final
 
-clean:  ## keeps .venv, data and runs
+clean:  ## removes what builds and tests leave; keeps .venv, data and runs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SINGLE_DEVICE = ("nn", "weights", "growth", "kernels", "text")
+SINGLE_DEVICE = ("nn", "weights", "growth", "sparsity", "data", "kernels", "text")
 LARGEST_FILE = 500
 
 
