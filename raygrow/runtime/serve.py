@@ -80,8 +80,12 @@ class Served:
                     begun, ended = True, delta.finish_reason is not None
                     yield delta
                 return
-            except (BackPressureError, DeploymentUnavailableError) as error:
+            except BackPressureError as error:
                 raise Overloaded(retry_after=self._llm.deployment_config.retry_after_s) from error
+            except DeploymentUnavailableError:
+                reason = f"{self.id}: no replica of it runs, and none could be started"
+                yield Delta(id=request.id, finish_reason="error", error=reason)
+                return
             except RayTaskError as error:  # straight from a replica an error comes as it is
                 if isinstance(error.cause, ValueError):  # the engine's own words, without the way they came
                     wrong = PromptTooLong if isinstance(error.cause, PromptTooLong) else ValueError

@@ -1,15 +1,23 @@
-"""One replica by itself: how it ends when its engine does, and what its load asks for; and pieces put together."""
+"""One replica by itself: how it ends when its engine does, what its load asks for, and what becomes of its answers."""
 
+import asyncio
 import re
 import textwrap
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve._private.common import DeploymentID
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from raygrow.data.corpus import FilesCorpus
-from raygrow.infer.request import Delta, merged
+from raygrow.infer.request import Delta, Request, merged
+from raygrow.infer.sampling import Sampling
+from raygrow.runtime.openai.model import Overloaded
+from raygrow.runtime.serve import Served
+from raygrow.runtime.serve_config import LLMConfig, ModelLoadingConfig
 from raygrow.runtime.serve_replica import engine_load
 from tests.processes import run_script
 from tests.runtime.serving import random_model
@@ -24,6 +32,37 @@ def test_merged_pieces_are_the_whole() -> None:
     whole = Delta("a", (1, 2, 3, 4), "xyz!", prompt_logprobs=(None,), finish_reason="stop", cached_tokens=3)
     assert merged(pieces) == whole
     assert merged(pieces[:1]) == pieces[0]
+
+
+class Failing:
+    """A handle whose requests come to an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.generate = error, self
+
+    def options(self, **options: Any) -> "Failing":
+        return self
+
+    async def remote(self, request: Request) -> AsyncIterator[Delta]:
+        raise self.error
+        yield
+
+
+def test_a_full_queue_passes_and_a_deployment_that_failed_does_not(corpus: FilesCorpus, tmp_path: Path) -> None:
+    folder = random_model(tmp_path / "model", Path(corpus.path) / "tokenizer")
+    llm = LLMConfig(model_loading_config=ModelLoadingConfig(model_id="small", model_source=str(folder)))
+
+    async def ask(error: Exception) -> list[Delta]:
+        handle: Any = Failing(error)
+        return [
+            delta async for delta in Served(llm, handle).generate(Request(id="a", prompt=(1,), sampling=Sampling()))
+        ]
+
+    with pytest.raises(Overloaded):
+        asyncio.run(ask(BackPressureError(num_queued_requests=1, max_queued_requests=1)))
+    (told,) = asyncio.run(ask(DeploymentUnavailableError(DeploymentID("engine-small", "raygrow"))))
+    assert told.finish_reason == "error"
+    assert told.error == "small: no replica of it runs, and none could be started"
 
 
 @pytest.mark.parametrize(
