@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch.utils.tensorboard import SummaryWriter
 
+from raygrow.report import units
 from raygrow.runtime.run_folder import HISTORY_FILE, RunFolder
 
 CURVES_FOLDER = "tensorboard"
@@ -70,10 +71,10 @@ class History:
     def save_verification(self, phase: str, verification: dict[str, Any]) -> None:
         """Writes growth/<phase>.json."""
         self._folder.write(f"growth/{phase}.json", json.dumps(verification, indent=2))
-        self._news.append(
-            f"{phase}: grown, loss {verification['loss_before']:.4f} -> {verification['loss_after']:.4f}, "
-            f"{'verified' if verification['passed'] else 'verification FAILED'}"
-        )
+        # a loss that is not a number is none there
+        before, after = (units.number(verification[key], 4) for key in ("loss_before", "loss_after"))
+        found = "verified" if verification["passed"] else "verification FAILED"
+        self._news.append(f"{phase}: grown, loss {before} -> {after}, {found}")
 
     def tell(self, text: str) -> None:
         """Passes something on to whoever follows the run."""
