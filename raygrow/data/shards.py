@@ -85,6 +85,11 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise ValueError(f"{path}: cannot be read ({error}); delete the folder and prepare it again") from error
 
 
+def fingerprint(folder: str | Path) -> str:
+    """Of a prepared folder's content: two that agree in it hold the same tokens, made by the same tokenizer."""
+    return hashlib.sha256((Path(folder) / MANIFEST_FILE).read_bytes()).hexdigest()
+
+
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, *, name: str = "the tokenizer") -> None:
     """Make sure that token ids mean the same to the data and to a model.
 

@@ -13,6 +13,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from torch import Tensor
 
 from raygrow.config import RunConfig, from_yaml, to_tree, to_yaml
+from raygrow.data.shards import fingerprint
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import active_parameters, parameters
 from raygrow.runtime.storage import StoredFolder
@@ -59,6 +60,22 @@ class RunFolder(StoredFolder):
                     f"{self.uri} holds a run of another configuration: {key} was {then!r} and is now {value!r}. "
                     "Choose another `name`, or remove that folder to start over"
                 )
+
+    def claim_data(self, path: str) -> None:
+        """Writes data.json, which says what prepared data the run learns from, or makes sure that it is still the same.
+
+        Raises:
+            ValueError: If the data has been prepared anew, with another content, since the run began.
+        """
+        now = fingerprint(path)
+        text = self.read("data.json")
+        if text is None:
+            self.write("data.json", json.dumps({"manifest_sha256": now}))
+        elif json.loads(text)["manifest_sha256"] != now:
+            raise ValueError(
+                f"{self.uri} holds a run on other data than {path} holds now, which has been prepared anew since: "
+                "choose another `name`, or remove that folder to start over"
+            )
 
     def mend_phase(self, phase: str) -> None:
         """Removes Ray Train's list of a phase's checkpoints if a crash or a full disk has cut it short.

@@ -68,7 +68,8 @@ def train(run: RunConfig) -> int:
             control_phases = resolve(control.plan, control.model, control.train)
             status = _train_plan(control, control_phases, folders[1], wish, console)
     _report(folders, console)
-    return EXIT_CODES[status]
+    # a wish to stop that came while the model was written: what would come next is not wanted
+    return EXIT_CODES["stopped" if wish.made and status == "finished" else status]
 
 
 def check_data(run: RunConfig, phases: tuple[Phase, ...]) -> None:
@@ -94,6 +95,7 @@ def _train_plan(run: RunConfig, phases: tuple[Phase, ...], folder: RunFolder, wi
         told = f"{run.name} is finished: {folder.uri}/report.html shows it. Another name starts another run."
         console.print(told, highlight=False, soft_wrap=True)
         return "finished"
+    folder.claim_data(run.data.path)
     folder.remove("summary.json")  # of an earlier start, which ended otherwise
     history, saves = open_history(folder), Saves(run, folder, console)
     outcome, checkpoint = Outcome("finished"), None

@@ -10,7 +10,7 @@ from pyarrow import fs
 from ray.train import Checkpoint
 
 from raygrow.config import RunConfig, WorkersConfig, from_yaml
-from raygrow.data.shards import TOKENIZER_FOLDER
+from raygrow.data.shards import MANIFEST_FILE, TOKENIZER_FOLDER
 from raygrow.nn.init import initial_value
 from raygrow.runtime.run_folder import RunFolder
 from raygrow.train.loop import Outcome
@@ -54,6 +54,17 @@ def test_a_name_belongs_to_one_configuration(folder: RunFolder, tiny: RunConfig)
     folder.claim(replace(tiny, workers=WorkersConfig(num=1)))  # what may change
     with pytest.raises(ValueError, match=r"model\.d_ff was 128 and is now 64"):
         folder.claim(replace(tiny, model=replace(tiny.model, d_ff=64)))
+
+
+def test_a_run_learns_from_one_text(folder: RunFolder, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for content in ("{}", "{}", '{"other": 1}'):
+        (data / MANIFEST_FILE).write_text(content)
+        if content == "{}":
+            folder.claim_data(str(data))
+    with pytest.raises(ValueError, match=r"a run on other data than .*data holds now"):
+        folder.claim_data(str(data))
 
 
 def test_history_leaves_out_what_a_crash_cut_short(folder: RunFolder) -> None:

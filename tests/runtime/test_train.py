@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from raygrow.config import RunConfig, from_yaml
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
+from raygrow.runtime.history import History
+from raygrow.runtime.run_folder import RunFolder
 from raygrow.runtime.train import train
 from raygrow.train.checkpoint import CheckpointTensors
 from raygrow.train.config import PhaseConfig, PlanConfig
@@ -125,6 +128,29 @@ def test_a_finished_run_says_so(
     assert train(run) == 0
     assert "whole is finished" in capsys.readouterr().out
     assert (folder / "history.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_wish_that_comes_at_the_very_end_is_heard(
+    folder: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parents[1])
+    monkeypatch.setattr(RunFolder, "is_finished", lambda self: signal.raise_signal(signal.SIGTERM) is None)
+    assert train(replace(run, control=False)) == 143
+
+
+def test_data_prepared_anew_is_refused(folder: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parents[1])
+    monkeypatch.setattr(RunFolder, "is_finished", lambda self: False)
+    monkeypatch.setattr("raygrow.runtime.run_folder.fingerprint", lambda path: "another")
+    with pytest.raises(ValueError, match=r"a run on other data than .* holds now"):
+        train(run)
+    assert (folder / "summary.json").exists()
+
+
+def test_a_growth_to_no_number_is_told(tmp_path: Path) -> None:
+    recorder = History.__ray_metadata__.modified_class(RunFolder.of(str(tmp_path), "run"))  # what the actor runs
+    recorder.save_verification("stacked", {"loss_before": 2.5, "loss_after": None, "passed": False})
+    assert recorder.news()[1] == ["stacked: grown, loss 2.5000 -> -, verification FAILED"]
 
 
 def test_a_save_that_a_crash_prevented_is_made_up_for(
