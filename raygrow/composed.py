@@ -12,15 +12,18 @@ COMPOSING = (
     argument("--config-name", "a file of raygrow/conf, such as quickstart", metavar="NAME", default="train"),
     argument("--config-dir", "a folder with more files of settings", metavar="FOLDER"),
     argument("--cfg", "print the settings, do nothing", choices=("job", "hydra", "all")),
-    argument("--resolve", "with --cfg: with references to other settings filled in", action="store_true"),
-    argument("--multirun", "one after the other, where a key has several values", action="store_true"),
+    argument("--resolve", "with --cfg: resolve references such as ${model.n_experts}", action="store_true"),
+    argument("--multirun", "run every combination of comma-separated values, one after the other", action="store_true"),
 )
 """Options of the commands whose settings are composed from files."""
 TUNING = (argument("--config-name", "a file of raygrow/conf", metavar="NAME", default="tune"), *COMPOSING[1:])
-WHOLE = (argument("--config-name", "a file of raygrow/conf", metavar="NAME", default="pipeline"), *COMPOSING[1:])
+END_TO_END = (argument("--config-name", "a file of raygrow/conf", metavar="NAME", default="pipeline"), *COMPOSING[1:])
 
 
-@command(argument("settings", "a group's file (data=files) or one value (data.path=data/mine)", **SETTINGS), *COMPOSING)
+@command(
+    argument("settings", "choose a settings file (data=files) or set one value (data.path=data/mine)", **SETTINGS),
+    *COMPOSING,
+)
 def prepare(tree: dict[str, Any]) -> int:
     """Turn text into token shards.
 
@@ -51,23 +54,27 @@ def prepare(tree: dict[str, Any]) -> int:
     return 0
 
 
-@command(argument("settings", "a group's file (plan=gstack) or one value (train.seq_len=1024)", **SETTINGS), *COMPOSING)
+@command(
+    argument("settings", "choose a settings file (plan=gstack) or set one value (train.seq_len=1024)", **SETTINGS),
+    *COMPOSING,
+)
 def train(tree: dict[str, Any]) -> int:
     """Train a model by a plan.
 
     Trains `model` by `plan` on Ray Train and writes the run's folder, <storage_path>/<name>. Started again under the
-    same name, it goes on where it stopped.
+    same name, it goes on where it stopped. Text that is not prepared yet is prepared first, as `raygrow prepare` does
+    with the same data=... See docs/training.md for all settings.
 
     Examples:
-      raygrow train model=decoder/llama/tiny plan=gstack           what is trained when nothing is said
+      raygrow train --config-name quickstart                       what `make quickstart` runs; minutes on two CPU cores
+      raygrow train model=decoder/llama/tiny plan=gstack           the default; hours on a CPU
       raygrow train control=true workers.num=2                     also from scratch, on two workers
       raygrow train plan.phases.stacked.growth.factor=2            stack twice instead of four times
       raygrow train plan=multistage_450m                           dense, experts, width, depth; brings its model along
       raygrow train dry_run=true                                   all settings, parameters, FLOPs, memory, phases;
                                                                    trains nothing
-      raygrow train --multirun plan=gstack,scratch                 one after the other
+      raygrow train --multirun plan=gstack,scratch                 both plans, one after the other
       raygrow train --multirun train.optimizer.lr=1e-3,2e-3 'name=lr-${train.optimizer.lr}'
-      raygrow train --config-name quickstart                       what `make quickstart` runs
       ray job submit --working-dir . -- python jobs/train.py model=decoder/llama/1b workers.num=8
     """
     from raygrow.config import RunConfig, as_yaml, build
@@ -77,7 +84,7 @@ def train(tree: dict[str, Any]) -> int:
         from raygrow.train.dry_run import describe
         from raygrow.train.plan import resolve
 
-        table = describe(resolve(run.plan, run.model, run.train), run.train, workers=run.workers.fewest)
+        table = describe(resolve(run.plan, run.model, run.train), run.train, workers=run.workers.num)
         print(as_yaml(run), table, sep="\n")
         return 0
     from raygrow.runtime.train import train
@@ -86,7 +93,8 @@ def train(tree: dict[str, Any]) -> int:
 
 
 @command(
-    argument("settings", "a group's file (space=growth_factor) or one value (train.seq_len=1024)", **SETTINGS), *TUNING
+    argument("settings", "choose a settings file (space=growth_factor) or set one value (seed=1)", **SETTINGS),
+    *TUNING,
 )
 def tune(tree: dict[str, Any]) -> int:
     """Search when to grow, by how much, and how.
@@ -124,9 +132,12 @@ def tune(tree: dict[str, Any]) -> int:
     return run_search(search)
 
 
-@command(argument("settings", "a group's file (model=tiny) or one value (sparsify.sparsity=0.4)", **SETTINGS), *WHOLE)
+@command(
+    argument("settings", "choose a settings file (model=tiny) or set one value (sparsify.sparsity=0.4)", **SETTINGS),
+    *END_TO_END,
+)
 def pipeline(tree: dict[str, Any]) -> int:
-    """The whole way: text, growth, evaluation, a sparse model, a server.
+    """End to end: text, growth, evaluation, a sparse model, a server.
 
     Prepares the text, trains a model by a plan that stacks it and copies its MLPs into experts, evaluates it, makes it
     sparse, serves that on Ray Serve and asks it a question, which has to be answered with the tokens that the engine
@@ -151,7 +162,7 @@ def pipeline(tree: dict[str, Any]) -> int:
         from raygrow.train.plan import resolve
 
         run = config.run
-        table = describe(resolve(run.plan, run.model, run.train), run.train, workers=run.workers.fewest)
+        table = describe(resolve(run.plan, run.model, run.train), run.train, workers=run.workers.num)
         print(as_yaml(as_tree(config)), table, sep="\n")
         return 0
     from raygrow.runtime.pipeline import run_pipeline

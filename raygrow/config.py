@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, TypeAdapter, ValidationError
 
 from raygrow.data.corpus import DataConfig
 from raygrow.evaluate.record import commit, versions
 from raygrow.nn.config import ModelConfig
-from raygrow.train.config import PlanConfig, TrainConfig
+from raygrow.train.config import PlanConfig, TrainConfig, Workers, check_workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersConfig:
     """The processes that train. Each has its shard of the model (FSDP) and its share of every batch."""
 
-    num: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """How many; a pair is an elastic range, and the run goes on with whatever is there."""
+    num: Workers = 1
     cpus: PositiveFloat = 1
     """CPU cores of one worker."""
     use_gpu: Literal["auto"] | bool = "auto"
@@ -38,13 +37,7 @@ class WorkersConfig:
     """How often a phase is restarted from its last checkpoint after a worker was lost."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num, int) and self.num[0] > self.num[1]:
-            raise ValueError(f"num={list(self.num)}: a range begins with the smaller number, such as [1, 4]")
-
-    @property
-    def fewest(self) -> int:
-        """The smallest number of workers."""
-        return self.num if isinstance(self.num, int) else self.num[0]
+        check_workers("num", self.num)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +151,9 @@ def _member(members: list[Any], tree: Any, path: str) -> Any:
         return members[0]
     tag = next(name for name, hint in _hints(members[0]).items() if _is_constant(hint))
     by_value = {typing.get_args(_hints(member)[tag])[0]: member for member in members}
-    if tree.get(tag) not in by_value:
+    if str(tree.get(tag)) not in by_value:
         raise ValueError(f"{_join(path, tag)}={tree.get(tag)!r}: must be one of {', '.join(map(str, by_value))}")
-    return by_value[tree[tag]]
+    return by_value[str(tree[tag])]
 
 
 def _unknown_key(key: str, known: list[str], path: str) -> str:

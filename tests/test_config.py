@@ -10,6 +10,7 @@ import raygrow.conf
 from raygrow.config import RunConfig, WorkersConfig, build, from_yaml, to_tree, to_yaml
 from raygrow.growth.gstack import Gstack
 from raygrow.nn.cost import active_parameters, parameters
+from raygrow.train.config import fewest
 from raygrow.train.plan import resolve
 from raygrow.weights.hf.config import to_hf_config
 from tests.composed import composed
@@ -137,6 +138,7 @@ def test_a_union_and_numbers_as_text() -> None:
         ({"sorce": 1}, r"^sorce: there is no such key. Did you mean source\?"),
         ({"source": {"kind": "disk"}}, r"^source.kind='disk': must be one of files, web$"),
         ({"source": {"url": "u"}}, r"^source.kind=None: must be one of files, web$"),
+        ({"source": {"kind": ["web"]}}, r"^source.kind=\['web'\]: must be one of files, web$"),
         ({"source": {"kind": "web"}}, r"^source.url is missing"),
         ({"source": {"kind": "web", "url": "u", "depth": 1.5}}, r"^source.depth=1.5: .*integer"),
         ({"source": {"kind": "web", "url": "u", "files": "f"}}, r"^source.files: there is no such key"),
@@ -184,6 +186,7 @@ def test_a_damaged_run_yaml_is_named(tree: dict[str, Any]) -> None:
         from_yaml(to_yaml(build(RunConfig, tree)).replace("seed:", "seeed:"))
 
 
-@pytest.mark.parametrize(("num", "fewest"), [(2, 2), ((1, 4), 1)])
-def test_fewest_workers(num: int | tuple[int, int], fewest: int) -> None:
-    assert WorkersConfig(num=num).fewest == fewest
+def test_ranges_of_workers() -> None:
+    assert [fewest(workers) for workers in (2, (1, 4))] == [2, 1]
+    with pytest.raises(ValueError, match=r"^workers\.num=\[4, 1\]: a range"):
+        build(WorkersConfig, {"num": [4, 1]}, "workers")

@@ -9,8 +9,21 @@ from raygrow.growth.operator import GrowthConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Workers = PositiveInt | tuple[PositiveInt, PositiveInt]
+"""How many train; a pair is an elastic range, and the run goes on with whatever is there."""
 SAVED_HISTORY = "training_history.jsonl"
 """Stands beside the models that a plan saves."""
+
+
+def fewest(workers: Workers) -> int:
+    """The smallest number of workers."""
+    return workers if isinstance(workers, int) else workers[0]
+
+
+def check_workers(key: str, workers: Workers) -> None:
+    """Refuses a range that does not rise."""
+    if not isinstance(workers, int) and workers[0] > workers[1]:
+        raise ValueError(f"{key}={list(workers)}: a range begins with the smaller number, such as [1, 4]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +108,7 @@ class PhaseConfig:
     is made of, all start afresh, or only the first of several copies takes them (see `weights/moments.py`)."""
     init: str | None = None
     """A model folder (raygrow's or Hugging Face's) to start from."""
-    share: Share | None = None
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Budget as a share of the plan's FLOPs. One of share, tokens, flops, steps; none takes what is left."""
     tokens: Amount | None = None
     flops: Amount | None = None
@@ -111,13 +124,15 @@ class PhaseConfig:
     activation_l1: NonNegativeFloat | None = None
     frozen: tuple[str, ...] = ()
     """Parameters that do not train, as shell patterns over their names (`blocks.0.*`)."""
-    workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    workers: Workers | None = None
     save_start: str | None = None
     """Name of a model folder, `models/<name>` in the run's, for the model as this phase begins, after growth."""
     save_end: str | None = None
     """Name of a model folder for the model as this phase ends."""
 
     def __post_init__(self) -> None:
+        if self.workers is not None:
+            check_workers("workers", self.workers)
         for key in ("save_start", "save_end"):
             name = getattr(self, key)
             if name is not None and not (name and "/" not in name and not name.startswith(".")):

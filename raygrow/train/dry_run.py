@@ -6,7 +6,7 @@ from dataclasses import fields
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.cost import active_parameters, parameters, training_memory
 from raygrow.nn.rack import Rack
-from raygrow.train.config import TrainConfig
+from raygrow.train.config import TrainConfig, Workers, fewest
 from raygrow.train.plan import Phase
 from raygrow.weights.apply import apply_rules
 from raygrow.weights.shapes import meta_rack
@@ -14,13 +14,14 @@ from raygrow.weights.shapes import meta_rack
 HEADER = ("phase", "starts from", "model", "parameters", "active", "steps", "tokens", "PFLOPs", "share", "GiB/worker")
 
 
-def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> str:
+def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: Workers) -> str:
     """A table of the phases: model, parameters (all, and those that one token uses), steps, tokens, FLOPs, memory.
 
     Args:
         phases: A resolved plan.
         config: What the phases share.
-        workers: The fewest workers, for the most memory that one may need. `auto` precision counts as on a GPU.
+        workers: Of the phases that do not say it themselves. The fewest of a range count, for the most memory that one
+            may need. `auto` precision counts as on a GPU.
 
     Raises:
         ValueError: If a model does not build as predicted, or a growth does not give its target's shapes.
@@ -43,7 +44,7 @@ def describe(phases: Sequence[Phase], config: TrainConfig, *, workers: int) -> s
                 f"{phase.tokens:,}",
                 f"{phase.flops / 1e15:,.4g}",
                 f"{phase.flops / total:.1%}",
-                f"{_memory(phase, config, workers) / 2**30:.2f}",
+                f"{_memory(phase, config, fewest(phase.workers or workers)) / 2**30:.2f}",
             )
         )
     tokens = sum(phase.tokens for phase in phases)

@@ -4,7 +4,6 @@ Order: activation checkpointing, then compile, then FSDP2, all per Block.
 """
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -76,18 +75,9 @@ def reshard(model: Rack) -> None:
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Freezes the parameters whose names match a shell pattern.
-
-    Raises:
-        ValueError: If a pattern matches nothing, or nothing is left to train.
-    """
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name, _ in model.named_parameters()):
-            raise ValueError(f"frozen: the pattern {pattern!r} matches no parameter of the model")
+    """Freezes the parameters whose names match a shell pattern."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not is_frozen(name, patterns))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"frozen={list(patterns)} leaves no parameter to train")
 
 
 def fill(destination: Tensor, full: Tensor) -> None:

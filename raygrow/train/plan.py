@@ -158,6 +158,7 @@ def _settle(
 ) -> Phase:
     seq_len = config.seq_len or train.seq_len
     batch_size = config.batch_size or train.batch_size
+    _check_frozen(name, config.frozen, model)
     flops_per_token = training_flops_per_token(model, seq_len, trains=_trained_units(model, config.frozen).__contains__)
     flops_before = sum(phase.flops for phase in before)
     steps = _steps(name, config, total, flops_before, flops_per_token, batch_size * seq_len)
@@ -203,6 +204,11 @@ def _steps(
     else:
         if config.flops is not None:
             flops = config.flops
+        elif total is None and config.share is not None:
+            raise ValueError(
+                f"plan.phases.{name}.share={config.share:g} is of the plan's budget, and the plan has none: "
+                "set plan.tokens or plan.flops"
+            )
         elif total is None:
             raise ValueError(
                 f"plan.phases.{name} has no budget of its own and the plan has none either: "
@@ -233,6 +239,15 @@ def _trained_units(model: ModelConfig, frozen: tuple[str, ...]) -> set[str]:
 def is_frozen(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a parameter's name matches one of the shell patterns."""
     return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _check_frozen(name: str, patterns: tuple[str, ...], model: ModelConfig) -> None:
+    names, key = list(parameter_shapes(model)), f"plan.phases.{name}.frozen={list(patterns)}"
+    for pattern in patterns:
+        if not any(fnmatch(parameter, pattern) for parameter in names):
+            raise ValueError(f"{key}: the pattern {pattern!r} matches no parameter of the model")
+    if all(is_frozen(parameter, patterns) for parameter in names):
+        raise ValueError(f"{key}: no parameter is left to train")
 
 
 def _source(name: str, config: PhaseConfig, before: list[Phase], model: ModelConfig) -> ModelConfig | None:

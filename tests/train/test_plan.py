@@ -121,6 +121,8 @@ def test_schedules_warm_up_and_decay(kind: str) -> None:
         ({"base": PhaseConfig(share=1.01), "x": PhaseConfig(growth=Gstack(factor=2))}, "would never run"),
         ({"base": PhaseConfig(share=0.7), "x": PhaseConfig(share=0.7, growth=Gstack(factor=2))}, "add up to"),
         ({"base": PhaseConfig(tokens=3)}, "less than one step"),
+        ({"base": PhaseConfig(steps=1, frozen=("blok.*",))}, r"plan\.phases\.base\.frozen=.*'blok\.\*' matches no"),
+        ({"base": PhaseConfig(steps=1, frozen=("*",))}, r"plan\.phases\.base\.frozen=.*no parameter is left"),
         ({"base": PhaseConfig(seq_len=48)}, "does not divide"),
         ({"a": PhaseConfig(steps=1, save_end="x"), "b": PhaseConfig(save_start="x")}, r"plan\.phases\.b\.save_start=x"),
     ],
@@ -128,6 +130,16 @@ def test_schedules_warm_up_and_decay(kind: str) -> None:
 def test_a_plan_that_cannot_be_carried_out_names_the_phase(phases: dict[str, PhaseConfig], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(plan(**phases), TARGET, TRAIN)
+
+
+def test_a_share_is_of_a_budget() -> None:
+    with pytest.raises(ValueError, match=r"plan\.phases\.base\.share=0\.1 is of the plan's budget"):
+        resolve(PlanConfig(phases={"base": PhaseConfig(share=0.1)}), TARGET, TRAIN)
+
+
+def test_a_range_of_workers_rises() -> None:
+    with pytest.raises(ValueError, match=r"^workers=\[4, 1\]: a range"):
+        PhaseConfig(workers=(4, 1))
 
 
 @pytest.mark.parametrize("name", ["a/b", ".a", "", "training_history.jsonl"])
@@ -183,6 +195,13 @@ def test_a_dry_run_builds_and_grows_every_phase() -> None:
     text = describe(phases, TRAIN, workers=2)
     assert "gstack (factor 4)" in text
     assert f"{sum(p.numel() for p in Rack(TARGET).parameters()):,}" in text
+
+
+def test_a_dry_run_counts_a_phases_own_workers() -> None:
+    phase = PhaseConfig(steps=1, workers=(4, 8))
+    (own,), (runs,) = (resolve(plan(x=config), TARGET, TRAIN) for config in (phase, PhaseConfig(steps=1)))
+    assert describe([own], TRAIN, workers=1) == describe([runs], TRAIN, workers=(4, 8))
+    assert describe([own], TRAIN, workers=1) != describe([runs], TRAIN, workers=1)
 
 
 def test_a_phase_has_its_own_weight_on_activations_or_the_runs() -> None:
