@@ -57,7 +57,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """`finished`, `failed` or `in progress`."""
+        """`finished`, `failed`, `stopped` or `in progress`."""
         return self.summary.get("status", "in progress")
 
     @property

@@ -55,6 +55,10 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Pr
     missing = [name for name in table if name not in stored]
     if missing:
         raise ValueError(f"checkpoint {folder} has no tensor {missing[0]!r} ({len(missing)} missing): another model?")
+    for name, tensor in table.items():
+        if stored.shape(name) != tensor.shape:
+            shapes = f"{tuple(stored.shape(name))} and not {tuple(tensor.shape)}"
+            raise ValueError(f"checkpoint {folder} has {name!r} in shape {shapes}: another model?")
     dcp_load(table, checkpoint_id=folder)
     values = {field.name: table[f"progress.{field.name}"].item() for field in fields(Progress)}
     return Progress(step=int(values.pop("step")), **values)
@@ -80,6 +84,10 @@ class CheckpointTensors(Mapping[str, Tensor]):
             for name, entry in stored.items()
             if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a tensor, without reading it."""
+        return self._stored[name].size
 
     def __getitem__(self, name: str) -> Tensor:
         if self._newest and self._newest[0] == name:  # growth makes every expert from the same tensor, one by one

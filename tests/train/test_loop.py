@@ -1,6 +1,7 @@
 """Training is the same for any number of workers, across interruptions, and through growth."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -199,6 +200,13 @@ def test_growth_from_a_hugging_face_folder(data: Path, tmp_path: Path) -> None:
     expected = weights["blocks.1.mlp.up.weight"].bfloat16().float()
     assert torch.equal(grown["model.blocks.3.mlp.up.weight"], expected)
     assert json.loads((tmp_path / "run" / "growth.json").read_text())["passed"]
+
+
+def test_a_checkpoint_of_another_model_is_named(single, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(single[0] / "step-00000020", tmp_path / "step-00000020")
+    wider = replace(BASE, model=replace(BASE.model, d_ff=256))
+    with pytest.raises(Exception, match=r"has 'model\.blocks\.0\.mlp\.gate\.weight' in shape .*: another model\?"):
+        run(1, tmp_path, data, wider)
 
 
 def test_frozen_parameters_stay_as_they_were(data: Path, tmp_path: Path) -> None:
