@@ -47,6 +47,9 @@ CONF = Path(__file__).parent / "conf"
 GROUPS = ("model", "data", "plan", "train", "space")
 """Folders of raygrow/conf: `plan=gstack` chooses a file there."""
 
+OWN = "own"
+"""Subfolder of `space` for the user's file."""
+
 SIGNALLED = 128
 """From here on, a status says which signal has stopped a command."""
 
@@ -175,13 +178,16 @@ def _compose(
 
 
 def _with_space_file(word: str, aside: Path) -> str:
-    """`space=path/to/mine.yaml` as Hydra can find it: a file of a group, in a folder that it searches."""
+    """`space=path/to/this.yaml` as Hydra can find it: a file of a group, in a folder that it searches.
+
+    It is in a folder of its own there, since Hydra would rather take a shipped file of the same name.
+    """
     file = Path(word.removeprefix("space="))
     if not word.startswith("space=") or file.suffix != ".yaml":
         return word
-    (aside / "space").mkdir(exist_ok=True)
-    shutil.copy(file, aside / "space")
-    return f"space={file.stem}"
+    (aside / "space" / OWN).mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, aside / "space" / OWN)
+    return f"space={OWN}/{file.stem}"
 
 
 def _missing(file: str | None, options: Sequence[str] | None) -> str | None:

@@ -200,6 +200,16 @@ def test_dry_run_prints_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert table.startswith("phase")
 
 
+def test_a_space_file_may_bear_a_shipped_ones_name(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my").mkdir()
+    Path("my/growth_timing.yaml").write_text("space: {plan.phases.base.share: {grid: [0.33]}}\n")
+    assert main(["tune", "space=my/growth_timing.yaml", "dry_run=true"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("growth_timing-")
+    assert "share-0.33 " in told
+    assert "2 trials" in told
+
+
 def test_prepare_takes_dry_run_and_no_unknown_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "data.roots=site-packages", "dry_run=true"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["data"]["roots"] == "site-packages"
