@@ -111,17 +111,21 @@ class Search:
         return self.trial(point["values"])
 
     def trial(self, values: Mapping[str, Any]) -> Trial:
-        """The trial at a point of the space; a growth by 1 is none, which makes it the control."""
+        """The trial at a point of the space; where nothing grows by more than 1 it is the control."""
         run, phases = self._resolved(values)
-        if any(isinstance(phase.growth, Gstack) and phase.growth.factor == 1 for phase in phases):
+        growths = [phase.growth for phase in phases if phase.growth]
+        if growths and all(isinstance(growth, Gstack) and growth.factor == 1 for growth in growths):
             return self.control(values)
         name = self._name("", values)
         return Trial(name, dict(values), replace(run, name=name), phases)
 
     def control(self, values: Mapping[str, Any]) -> Trial:
-        """The control of the trial at a point: the final model from scratch, with what is not of the phases alike."""
-        run, phases = self._resolved(values)
+        """The control of the trial at a point: the final model from scratch, with what is not of the phases alike.
+
+        What is of the phases stays as the plan has it, so that all points with the same control have the same run.
+        """
         own = {key: value for key, value in values.items() if not _is_of_phases(key)}
+        run, phases = self._resolved(self._recommended_factors() | own)
         name = self._name("scratch", own)
         run = replace(run, name=name, plan=scratch_plan(phases))
         return Trial(name, own, run, resolve(run.plan, run.model, run.train), control=True)
@@ -162,11 +166,10 @@ class Search:
     def _fixed(self) -> list[Trial]:
         trials: list[Trial] = []
         for shared in self._shared_values():
-            start = self._recommended_factors() | shared
             if self.space.control:
-                trials.append(self.control(start))
+                trials.append(self.control(shared))
             if self.space.formula:
-                trials.append(self.formula(start))
+                trials.append(self.formula(self._recommended_factors() | shared))
         if self.space.search == "grid":
             trials += map(self.trial, self._points())
         return list({trial.name: trial for trial in trials}.values())

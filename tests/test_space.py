@@ -121,6 +121,22 @@ def test_growth_by_1_is_the_control() -> None:
     assert [phase.name for phase in found[0].phases] == ["scratch"]
 
 
+def test_growth_by_1_is_one_control_whatever_its_phases_would_be() -> None:
+    lr = "plan.phases.stacked.lr"
+    found = search({"space": {FACTOR: {"grid": [1, 2]}, lr: {"grid": [1e-3, 4e-3]}}})
+    control, *grown = found.fixed
+    assert [trial.name for trial in grown] == ["factor-2_lr-0.001", "factor-2_lr-0.004"]
+    assert found.trial({FACTOR: 1, lr: 4e-3}) == found.trial({FACTOR: 1, lr: 1e-3, SHARE: 0.3}) == control
+    assert control.phases[0].lr == found.run.train.optimizer.lr
+
+
+def test_growth_by_1_before_another_growth_is_no_control() -> None:
+    again = ("stacked.share=0.2", "again.growth.operator=gstack", "again.growth.factor=2")
+    words = [f"++plan.phases.{setting}" for setting in again]
+    found = search({"space": {FACTOR: {"grid": [1, 2]}}, "control": False}, *words)
+    assert [(trial.name, trial.control) for trial in found.fixed] == [("factor-1", False), ("factor-2", False)]
+
+
 def test_the_formula_is_clamped_and_costs_the_same() -> None:
     scratch, formula, _ = search({"space": {SHARE: {"grid": [0.1]}}, "formula": True}).fixed
     assert formula.formula
