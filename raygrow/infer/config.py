@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from raygrow.nn.config import ModelConfig
+
 DType = Literal["auto", "float32", "bfloat16"]
 KvLayout = Literal["auto", "block", "interleaved"]
 
@@ -18,7 +20,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     """Sequences that run at once: slots of the key-value cache."""
     max_model_len: int | None = None
-    """Longest sequence, prompt and answer together; the model's `max_seq_len` when not given."""
+    """Longest sequence, prompt and answer together; the model's `max_seq_len`, the most there is, when not given."""
     max_num_batched_tokens: int = 2048
     """Tokens of one step: one of each running sequence first, then of prompts."""
     kv_cache_memory_bytes: int | Literal["auto"] = "auto"
@@ -58,3 +60,15 @@ class EngineConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}")
+
+
+def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
+    """Tokens of the longest sequence that an engine is to take, prompt and answer together.
+
+    Raises:
+        ValueError: If the model does not take as many; names the number that was asked for.
+    """
+    wanted = config.max_model_len or model.max_seq_len
+    if wanted > model.max_seq_len:
+        raise ValueError(f"max_model_len={wanted}: this model takes {model.max_seq_len} tokens at most")
+    return wanted

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from raygrow.infer.budget import cache_budget
-from raygrow.infer.config import EngineConfig
+from raygrow.infer.config import EngineConfig, longest_sequence
 from raygrow.infer.graphs import can_record
 from raygrow.infer.kv_cache import KvCache
 from raygrow.infer.output import Output
@@ -73,7 +73,8 @@ class Engine:
         rows: Of a sparse model, what it was made with; the engine says which tokens are sparse.
 
     Raises:
-        ValueError: If the model is bidirectional, or the cache's memory does not hold one sequence.
+        ValueError: If the model is bidirectional, sequences are to be longer than it takes, or the cache's memory does
+            not hold one.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Engine:
         self._vocab_size = model.config.vocab_size
         self.dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
         """Of weights and cache."""
-        wanted = config.max_model_len or model.config.max_seq_len
+        wanted = longest_sequence(config, model.config)
         self._device, self._sparse = model.embedding.weight.device, rows is not None
         if rows is not None:  # what takes most memory, which is tried out
             rows.start, rows.stop = 0, config.max_num_seqs

@@ -11,7 +11,7 @@ from raygrow.config import RunConfig, build, to_tree
 from raygrow.data.sampler import Sampler, fixed_batch
 from raygrow.data.shards import MANIFEST_FILE, TOKENIZER_FOLDER, open_tokens
 from raygrow.evaluate.sparsify import calibration_length, check_calibration
-from raygrow.infer.config import EngineConfig
+from raygrow.infer.config import EngineConfig, longest_sequence
 from raygrow.nn.config import ModelConfig
 from raygrow.runtime.openai.app import ApiConfig
 from raygrow.runtime.serve_config import (
@@ -142,7 +142,7 @@ class PipelineConfig:
         self._check_prompt(len(load_tokenizer(path / TOKENIZER_FOLDER).encode(self.serve.prompt, special_tokens=True)))
 
     def _check_prompt(self, tokens: int) -> None:
-        longest = self.serve.engine_kwargs.max_model_len or self.model.max_seq_len
+        longest = longest_sequence(self.serve.engine_kwargs, self.model)
         if tokens + self.serve.tokens > longest:
             raise ValueError(
                 f"serve.prompt has {tokens} tokens and its answer serve.tokens={self.serve.tokens}, more than the "
@@ -216,8 +216,10 @@ def _contradictions(config: PipelineConfig) -> Iterable[str]:
             f"serve.engine_kwargs.sparsity={wanted:g}: the model is made for sparsify.sparsity={held}; choose one of "
             "them, or add this one there"
         )
-    longest = config.serve.engine_kwargs.max_model_len or model.max_seq_len
-    if longest > model.max_seq_len:
-        yield f"serve.engine_kwargs.max_model_len={longest}: the model takes {model.max_seq_len} tokens at most"
+    try:
+        longest = longest_sequence(config.serve.engine_kwargs, model)
+    except ValueError as error:
+        yield f"serve.engine_kwargs.{error}"
+        return
     if config.serve.tokens >= longest:
         yield f"serve.tokens={config.serve.tokens}: the engine takes {longest} tokens, the prompt's included; lower it"

@@ -21,6 +21,7 @@ from ray.serve.config import AutoscalingPolicy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from raygrow.infer.config import longest_sequence
 from raygrow.infer.load import sparsity_plan
 from raygrow.infer.request import Delta, PromptTooLong, Request
 from raygrow.runtime.cluster import connect, has_gpu
@@ -55,7 +56,7 @@ class Served:
         folder = open_folder(llm.model_loading_config.folder)
         self.id = llm.model_id
         self.tokenizer = load_tokenizer(folder.path)
-        self.max_model_len = llm.engine_kwargs.max_model_len or folder.config.max_seq_len
+        self.max_model_len = longest_sequence(llm.engine_kwargs, folder.config)
         self.sparsity = llm.engine_kwargs.sparsity or None
         self.created = int(time.time())
         self.folder = folder.path
@@ -274,10 +275,11 @@ def _address(host: str, port: int) -> str:
 
 
 def _check_model(llm: LLMConfig) -> None:
-    """Raises unless a model is there and whole, and was made for the sparsity that it is to have."""
+    """Raises unless a model is there and whole, and takes the length and the sparsity that it is to have."""
     folder = open_folder(llm.model_loading_config.folder)
     ChatTemplate(load_tokenizer(folder.path))
     try:
+        longest_sequence(llm.engine_kwargs, folder.config)
         sparsity_plan(folder, llm.engine_kwargs)
     except ValueError as error:
         raise ValueError(f"{llm.model_id}: {error}") from error

@@ -363,6 +363,8 @@ def test_engines_that_cannot_be_made(subject: Subject, scarce: dict):
     with pytest.raises(ValueError, match=r"max_model_len=96: .* holds a sequence of"):
         subject.engine(**scarce | {"kv_cache_memory_bytes": 4 * 2 * 4096, "max_model_len": 96})
     assert subject.engine(**scarce | {"kv_cache_memory_bytes": 4 * 2 * 4096}).max_model_len < 96
+    with pytest.raises(ValueError, match="max_model_len=97: this model takes 96 tokens at most"):
+        subject.engine(max_model_len=97)
     config = ModelConfig(
         vocab_size=280, d_model=16, n_heads=2, d_ff=16, blocks_per_stack=1, attention_mode="bidirectional"
     )

@@ -259,7 +259,11 @@ def with_steps(plan: PlanConfig, steps: int) -> PlanConfig:
             "sparsify: sequences=1, seq_len=8: fewer tokens than d_model=16",
         ),
         ("serve", {"engine_kwargs": EngineConfig(sparsity=0.3)}, "sparsity=0.3: the model is made for .*0.25, 0.4"),
-        ("serve", {"engine_kwargs": EngineConfig(max_model_len=65)}, "max_model_len=65: the model takes 64"),
+        (
+            "serve",
+            {"engine_kwargs": EngineConfig(max_model_len=65)},
+            "engine_kwargs.max_model_len=65: this model takes 64",
+        ),
         ("serve", {"tokens": 64}, "serve.tokens=64: the engine takes 64 tokens"),
         (
             "sparsify",
