@@ -78,7 +78,11 @@ class _Trial:
 
     def train(self) -> None:
         """Trains what is left; whatever ends it, the trial's folder says how far it came."""
-        self.run_folder.claim(self.trial.run)
+        try:
+            self.run_folder.claim(self.trial.run)
+        except ValueError as error:  # the folder is another run's, which stays as it is
+            self._tell_failure(str(error))
+            return
         outcome = EARLY
         try:
             outcome = self._train_segments()
@@ -87,8 +91,7 @@ class _Trial:
         finally:
             self._write(outcome)
         if outcome.status == "failed":
-            flops = self.lines[-1]["flops"] if self.lines else 0.0
-            tune.report({"val_loss": math.inf, "flops": flops, "ends": True, "failure": f"failed: {outcome.reason}"})
+            self._tell_failure(outcome.reason)
         if outcome.status == "stopped":
             threading.Event().wait()  # a function that returns has come to its end for Tune; so this one can go on
 
@@ -135,6 +138,10 @@ class _Trial:
             # before, since the process of a stopped trial may be ended at once
             self._write(EARLY)
             tune.report({key: line[key] for key in REPORTED} | {"ends": ends})
+
+    def _tell_failure(self, reason: str) -> None:
+        flops = self.lines[-1]["flops"] if self.lines else 0.0
+        tune.report({"val_loss": math.inf, "flops": flops, "ends": True, "failure": f"failed: {reason}"})
 
     def _write(self, outcome: Outcome) -> None:
         folder = self.run_folder

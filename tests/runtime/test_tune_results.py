@@ -1,14 +1,16 @@
 """What results.json says of trials, whatever Tune remembers of them. Needs no Ray that runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from ray.tune.experiment import Trial as TuneTrial
 
 from raygrow.config import build
-from raygrow.runtime.trial import SearchFolder
+from raygrow.runtime.trial import SearchFolder, _Trial
 from raygrow.runtime.tune import _write_results
 from raygrow.space import SpaceConfig
 from raygrow.train.loop import Outcome
@@ -18,10 +20,15 @@ from tests.composed import composed
 SPACE = {"space": {"plan.phases.base.share": {"grid": [0.1, 0.2, 0.3]}}}
 
 
-def test_who_has_ended_is_read_from_the_trials_folders(tmp_path: Path) -> None:
+@pytest.fixture
+def search(tmp_path: Path) -> Search:
+    """As though its data were prepared."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/manifest.json").touch()
-    search = Search(composed("plan=gstack", f"data.path={tmp_path / 'data'}"), build(SpaceConfig, SPACE, "space"))
+    return Search(composed("plan=gstack", f"data.path={tmp_path / 'data'}"), build(SpaceConfig, SPACE, "space"))
+
+
+def test_who_has_ended_is_read_from_the_trials_folders(search: Search, tmp_path: Path) -> None:
     folder = SearchFolder(tmp_path / "search")
     outcomes = {"scratch": "finished", "share-0.1": "finished", "share-0.2": "failed", "share-0.3": "stopped"}
     for trial in search.fixed:
@@ -42,3 +49,14 @@ def test_who_has_ended_is_read_from_the_trials_folders(tmp_path: Path) -> None:
 
     assert ended() == ("stopped", outcomes | {"share-0.3": "unfinished"})
     assert ended(**{"share-0.3": True}) == ("finished", outcomes)
+
+
+def test_a_trial_leaves_the_folder_of_another_run_as_it_is(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial, folder, told = search.fixed[0], SearchFolder(tmp_path / "search"), []
+    folder.run(trial.name).claim(replace(trial.run, seed=7))
+    monkeypatch.setattr("raygrow.runtime.trial.tune.report", told.append)
+    _Trial(trial, folder, tmp_path / "data", None, device="cpu").train()  # type: ignore[arg-type]
+    assert "holds a run of another configuration: seed was 7 and is now 0" in told[0]["failure"]
+    assert folder.run(trial.name).names() == ["run.yaml"]
