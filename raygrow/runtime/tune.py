@@ -23,6 +23,7 @@ from rich.console import Console
 
 from raygrow.config import as_yaml, to_tree
 from raygrow.report.html import write_report
+from raygrow.report.search import COST_FILE, RESULTS_FILE
 from raygrow.report.text import print_summary
 from raygrow.runtime.choosing import chooser, stopper
 from raygrow.runtime.cluster import connect, has_gpu
@@ -70,8 +71,7 @@ def run_search(search: Search) -> int:
     check_data(search.run, tuple(phase for trial in search.corners for phase in trial.phases))
     connect()
     resources = _resources(search)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    replace_file(folder.settings, as_yaml(_settings(search)))
+    _claim(search, folder)
     data = Path(search.run.data.path).resolve()
     console.print(_begin(search, resources), highlight=False, soft_wrap=True)
     trunks = open_trunks(segments(t.phases, t.run.train, data=data, seed=t.run.seed) for t in search.fixed)
@@ -106,6 +106,14 @@ def _check_claim(search: Search, folder: SearchFolder) -> None:
                 f"{folder.path} holds another search: {key} was {then!r} and is now {value!r}. Choose another `name`, "
                 "or remove that folder to start over"
             )
+
+
+def _claim(search: Search, folder: SearchFolder) -> None:
+    """Makes the folder this search's. One that goes on has no results, whatever it had."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    replace_file(folder.settings, as_yaml(_settings(search)))
+    for name in (RESULTS_FILE, COST_FILE):
+        (folder.path / name).unlink(missing_ok=True)
 
 
 def _resources(search: Search) -> dict[str, float]:
@@ -164,7 +172,7 @@ def _tuner(search: Search, folder: SearchFolder, data: Path, trial: Any) -> tune
 
 
 def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> str:
-    """Writes results.json and cost.json; returns how the search has ended."""
+    """Writes results.json and cost.json, unless there is something left to do; returns how the search has ended."""
     tried, ended = grid._experiment_analysis.trials or [], 0
     rows: dict[str, dict[str, Any]] = {}
     for tune_trial in tried:
@@ -173,23 +181,23 @@ def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> st
         if tune_trial.status == TuneTrial.ERROR:
             run.write_summary(trial.phases, Outcome("failed", _cause(tune_trial)))
         summary = json.loads(run.read("summary.json") or "{}")
+        if tune_trial.last_result.get("failure"):  # also where the folder is another run's
+            summary |= {"status": "failed"}
         # Tune calls all trials terminated when it has been told to end, and forgets who was done when it goes on
-        has_ended = summary.get("status") in ("finished", "failed") or tune_trial.last_result.get("done", False)
-        ended += has_ended
+        ended += summary.get("status") in ("finished", "failed") or tune_trial.last_result.get("done", False)
         rows[trial.name] = {
             "name": trial.name,
             "values": trial.values,
-            "status": summary.get("status") if has_ended else "unfinished",
-            **{key: summary.get(key) for key in ("val_loss", "flops", "tokens", "seconds")},
+            **{key: summary.get(key) for key in ("status", "val_loss", "flops", "tokens", "seconds")},
             "control": trial.control,
             "formula": trial.formula,
             "folder": f"trials/{trial.name}",
         }
-    replace_file(folder.path / "results.json", json.dumps(list(rows.values()), indent=2))
-    flops = cost([search.trial_of(tune_trial.config) for tune_trial in tried], folder.states)
-    replace_file(folder.path / "cost.json", json.dumps(asdict(flops), indent=2))
     if ended < len(search.fixed) + search.samples:
         return "stopped"
+    replace_file(folder.path / RESULTS_FILE, json.dumps(list(rows.values()), indent=2))
+    flops = cost([search.trial_of(tune_trial.config) for tune_trial in tried], folder.states)
+    replace_file(folder.path / COST_FILE, json.dumps(asdict(flops), indent=2))
     return "finished" if any(row["status"] == "finished" for row in rows.values()) else "failed"
 
 

@@ -297,6 +297,7 @@ def test_a_search_that_is_told_to_stop_saves_what_is_in_training(words: Words, t
             assert search.wait() == 143, search.said()
             assert "Saving what is in training" in search.said()
             assert "goes on from what is there" in search.said()
+        assert not (folder / "results.json").exists()
         for run, lines in kept.items():  # the times too: nothing was trained again
             assert history(run)[: len(lines)] == lines
         kept = {run: history(run) for run in folder.glob("trials/*")}

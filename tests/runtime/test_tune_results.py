@@ -10,8 +10,9 @@ import pytest
 from ray.tune.experiment import Trial as TuneTrial
 
 from raygrow.config import build
+from raygrow.report.search import is_search
 from raygrow.runtime.trial import SearchFolder, _Trial
-from raygrow.runtime.tune import _write_results
+from raygrow.runtime.tune import _claim, _write_results
 from raygrow.space import SpaceConfig
 from raygrow.train.loop import Outcome
 from raygrow.trials import Search
@@ -34,7 +35,7 @@ def test_who_has_ended_is_read_from_the_trials_folders(search: Search, tmp_path:
     for trial in search.fixed:
         folder.run(trial.name).write_summary(trial.phases, Outcome(outcomes[trial.name]))  # type: ignore[arg-type]
 
-    def ended(**done: Any) -> tuple[str, dict[str, str]]:
+    def ended(**done: Any) -> str:
         trials = [
             SimpleNamespace(
                 config={"name": trial.name},
@@ -44,11 +45,21 @@ def test_who_has_ended_is_read_from_the_trials_folders(search: Search, tmp_path:
             for trial in search.fixed
         ]
         grid = SimpleNamespace(_experiment_analysis=SimpleNamespace(trials=trials))
-        status = _write_results(search, folder, grid)  # type: ignore[arg-type]
-        return status, {row["name"]: row["status"] for row in json.loads((folder.path / "results.json").read_text())}
+        return _write_results(search, folder, grid)  # type: ignore[arg-type]
 
-    assert ended() == ("stopped", outcomes | {"share-0.3": "unfinished"})
-    assert ended(**{"share-0.3": True}) == ("finished", outcomes)
+    assert ended() == "stopped"
+    assert not is_search(folder.path)
+    assert ended(**{"share-0.3": True}) == "finished"
+    assert {row["name"]: row["status"] for row in json.loads((folder.path / "results.json").read_text())} == outcomes
+
+
+def test_a_search_that_goes_on_has_no_results(search: Search, tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path / "search")
+    folder.path.mkdir()
+    for name in ("results.json", "cost.json"):
+        (folder.path / name).write_text("of the moment of a stop")
+    _claim(search, folder)
+    assert [file.name for file in folder.path.iterdir()] == ["search.yaml"]
 
 
 def test_a_trial_leaves_the_folder_of_another_run_as_it_is(
