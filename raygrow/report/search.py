@@ -120,13 +120,13 @@ class Contest:
     @property
     def control(self) -> Setting | None:
         """The final model from scratch; the best of them where the search tuned it too."""
-        losses = [(loss.mean, i) for i, s in enumerate(self.settings) if s.is_control and (loss := s.loss) is not None]
-        return self.settings[min(losses)[1]] if losses else None
+        return _lowest([setting for setting in self.settings if setting.is_control])
 
     @property
     def formula(self) -> Setting | None:
-        """The published formula's timing."""
-        return next((setting for setting in self.settings if setting.is_formula), None)
+        """The published formula's timing; the best of them where the search tuned what is not of the phases too."""
+        found = [setting for setting in self.settings if setting.is_formula]
+        return _lowest(found) or next(iter(found), None)
 
     def share(self, setting: Setting) -> float | None:
         """Share of the budget that was spent before the first growth."""
@@ -231,6 +231,12 @@ def timing_point(contest: Contest) -> TimingPoint | None:
     params = sum(block_parameters(contest.model, block) for block in range(contest.model.n_blocks))
     tokens = contest.flops / training_flops_per_token(contest.model, contest.seq_len)
     return TimingPoint(params=params, flops=6 * params * tokens, base_tokens=best.base[1])
+
+
+def _lowest(settings: Sequence[Setting]) -> Setting | None:
+    """The setting with the lowest mean loss; None where none has a loss."""
+    found = [(loss.mean, setting) for setting in settings if (loss := setting.loss)]
+    return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _cost(folders: Sequence[Path]) -> Cost | None:

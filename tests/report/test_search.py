@@ -125,6 +125,20 @@ def test_noise_larger_than_the_gain_is_no_win(tmp_path: Path):
     assert summary.headline.startswith("No clear difference")
 
 
+def test_the_formulas_best_setting_is_compared_with(tmp_path: Path):
+    lr = "train.optimizer.lr"
+    rows = [
+        write_trial(tmp_path, share=share, formula=share == 0.05, spread=0, values={lr: rate}, best=best)
+        for rate, best in ((1e-2, 0.02), (1e-3, 0.05))
+        for share in (0.05, 0.2)
+    ]
+    (contest,) = load_search([write_search(tmp_path, rows)]).contests
+    assert contest.formula is not None
+    assert contest.formula is contest.best
+    assert contest.formula.values[lr] == 1e-3
+    assert "The best timing is the formula's." in answer(tmp_path)
+
+
 def test_a_best_timing_at_the_edge_is_told(tmp_path: Path):
     rows = [write_trial(tmp_path, share=s) for s in (0.01, 0.02, 0.04)]
     assert "the true best may lie beyond it" in answer(write_search(tmp_path, rows))
