@@ -6,15 +6,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.init import init_weights
+from raygrow.nn.rack import Rack
+from raygrow.weights.folder import write_folder
 from tests.processes import run_script
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
+LINES = (shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines())
+COMMANDS = [words for words in LINES if words]
 QUICK = [command for command in COMMANDS if "dry_run=true" in command or "timing" in command]
 
 
@@ -67,11 +73,33 @@ def test_the_make_targets_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
+def test_make_help_explains_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
+    assert phony
+    shown = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout
+    explained = re.findall(r"^([a-z-]+) +\w", shown, flags=re.MULTILINE)
+    assert sorted(explained) == sorted(phony[1].split())
+
+
 @pytest.mark.parametrize("command", QUICK, ids=shlex.join)
 def test_commands_that_only_look(command: list[str], tmp_path: Path) -> None:
     done = run_script(*script(command), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    config = ModelConfig(vocab_size=300, d_model=16, n_heads=2, d_ff=24, blocks_per_stack=2, max_seq_len=32)
+    model = Rack(config)
+    init_weights(model, config, seed=0)
+    write_folder(tmp_path / "runs/quickstart/model", config, model.state_dict().items())
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(example, made)
+    assert made["target"].config.n_blocks == 4 * made["base_model"].config.n_blocks
+    assert made["wider"].config.d_model == 2 * made["base_model"].config.d_model
 
 
 @pytest.mark.slow
@@ -90,6 +118,7 @@ def test_commands_that_work(tmp_path: Path) -> None:
     assert outputs["chat"].startswith("quickstart. ")
     assert " tokens · " in outputs["chat"]
     assert (tmp_path / "out/llama-x2/config.json").exists()
+    assert (tmp_path / "out/sparse/sparsity.json").exists()
 
 
 def test_links_and_figures_exist() -> None:
