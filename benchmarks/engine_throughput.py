@@ -1,6 +1,6 @@
 """Tokens per second of the inference engine, beside transformers and beside what the memory's bandwidth allows.
 
-    python benchmarks/engine_throughput.py                    1.37B and 6.7B parameters, bf16; one GPU, about 6 minutes
+    python benchmarks/engine_throughput.py                    1.37B and 6.7B parameters, bf16; one GPU, about 8 minutes
     python benchmarks/engine_throughput.py --parts engine     one part alone: engine, single, batching or generate
     python benchmarks/engine_throughput.py --parts single --sparsity 0.4 0.5      one sequence, sparse beside dense
     python benchmarks/engine_throughput.py --parts single --sparsity 0.5 --sizes 1.37B      on a CPU too

@@ -1,6 +1,6 @@
 """Memory of the key-value cache beside static preallocation, and what mapping pages costs the steps of a device.
 
-    python benchmarks/kv_cache.py            1.35B parameters, 64 slots x 4096 tokens; steps are timed on a GPU only
+    python benchmarks/kv_cache.py            1.37B parameters, 64 slots x 4096 tokens; steps are timed on a GPU only
     python benchmarks/kv_cache.py --smoke    tiny, with steps, also on a CPU: does it all work?
 
 Memory: 64 running sequences, pages of 2 MiB, bf16, both layouts. Their lengths are drawn log-uniformly from 64 to 4096
