@@ -5,6 +5,7 @@ All of them are built and resolved before any starts, so that whatever is wrong 
 
 import copy
 import itertools
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,8 +97,15 @@ class Search:
 
     @property
     def samples(self) -> int:
-        """Trials that are chosen while the search goes on."""
-        return self.space.samples if self.space.search == "optuna" else 0
+        """Trials that are chosen while the search goes on: those that there are, where lists give fewer."""
+        if self.space.search != "optuna":
+            return 0
+        space = self.space.space.values()
+        sizes = [len(_extremes(values)) if set(values) & {*LISTS} else math.inf for values in space]
+        if math.prod(sizes) > MOST_CHECKED:
+            return self.space.samples
+        chosen = {trial.name for trial in self.corners} - {trial.name for trial in self.fixed}
+        return min(self.space.samples, len(chosen))
 
     @property
     def flops(self) -> float:

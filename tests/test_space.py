@@ -154,6 +154,12 @@ def test_ranges_are_for_optuna_and_their_ends_are_tried_out() -> None:
     }
 
 
+def test_of_lists_no_more_is_chosen_than_there_is() -> None:
+    space = {SHARE: {"choice": [0.05, 0.1]}, FACTOR: {"choice": [1, 2, 4]}}
+    assert search({"search": "optuna", "space": space}).samples == 4  # and the control
+    assert search({"search": "optuna", "samples": 3, "space": space}).samples == 3
+
+
 def test_a_trial_differs_from_the_run_by_its_values_alone() -> None:
     found = search({"space": {SHARE: {"grid": [0.1]}}})
     trial = found.fixed[-1]

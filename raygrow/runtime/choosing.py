@@ -17,46 +17,66 @@ from raygrow.runtime.trial import SearchFolder
 from raygrow.space import LISTS
 from raygrow.trials import SAME_BUDGET, Search, Trial
 
+MOST_ATTEMPTS = 300
+"""Suggestions in a row that may all have been made before; then there is nothing left to try."""
 DIGITS = 6
 """Of a drawn number: a trial's name gives its values in full."""
 
 
 class Points(Searcher):
-    """Names the fixed trials one by one, then gives what another searcher suggests.
+    """Names the fixed trials one by one, then gives what another searcher suggests, but no trial twice.
 
     Args:
         points_to_evaluate: Names of the fixed trials.
         suggester: Chooses the values of further trials.
+        trial_at: The trial at chosen values.
     """
 
-    def __init__(self, points_to_evaluate: list[str], suggester: Searcher | None) -> None:
+    def __init__(
+        self,
+        points_to_evaluate: list[str],
+        suggester: Searcher | None,
+        trial_at: Callable[[Mapping[str, Any]], Trial],
+    ) -> None:
         super().__init__(metric="val_loss", mode="min")
-        self._points, self._suggester = points_to_evaluate, suggester
+        self._points, self._suggester, self._trial_at = points_to_evaluate, suggester, trial_at
         self._given = 0
-        self._suggested: set[str] = set()
+        self._names = {*points_to_evaluate}
+        """Of all trials there are: two of one name would be at work in one folder."""
+        self._asked: dict[str, str] = {}
+        """What the suggester calls a trial that it has suggested."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial, as `Search.trial_of` takes it."""
         if self._given < len(self._points):
             self._given += 1
             return {"name": self._points[self._given - 1]}
-        if not self._suggester:
-            return Searcher.FINISHED
-        values = self._suggester.suggest(trial_id)
-        if not isinstance(values, dict):
-            return values
-        self._suggested.add(trial_id)
-        return {"values": {key: _rounded(value) for key, value in values.items()}}
+        return self._suggest_another(trial_id, self._suggester) if self._suggester else Searcher.FINISHED
+
+    def _suggest_another(self, trial_id: str, suggester: Searcher) -> dict[str, Any] | str | None:
+        for attempt in range(MOST_ATTEMPTS):
+            asked = f"{trial_id}-{attempt}"
+            suggested = suggester.suggest(asked)
+            if not isinstance(suggested, dict):
+                return suggested
+            values = {key: _rounded(value) for key, value in suggested.items()}
+            name = self._trial_at(values).name
+            if name not in self._names:
+                self._names.add(name)
+                self._asked[trial_id] = asked
+                return {"values": values}
+            suggester.on_trial_complete(asked)  # that nothing came of it has Optuna look elsewhere
+        return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Passes on what a suggested trial has reached."""
-        if self._suggester and trial_id in self._suggested:
-            self._suggester.on_trial_result(trial_id, result)
+        if self._suggester and trial_id in self._asked:
+            self._suggester.on_trial_result(self._asked[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Passes on how a suggested trial has ended."""
-        if self._suggester and trial_id in self._suggested:
-            self._suggester.on_trial_complete(trial_id, result, error)
+        if self._suggester and trial_id in self._asked:
+            self._suggester.on_trial_complete(self._asked[trial_id], result, error)
 
     def save(self, checkpoint_path: str) -> None:
         """Writes all that a restored search needs."""
@@ -75,9 +95,9 @@ def chooser(search: Search) -> Points:
     """
     names = [trial.name for trial in sorted(search.fixed, key=lambda trial: -float(f"{trial.flops:.1e}"))]
     if not search.samples:
-        return Points(names, None)
+        return Points(names, None, search.trial)
     space: Any = {key: _distribution(values) for key, values in search.space.space.items()}
-    return Points(names, OptunaSearch(space, metric="val_loss", mode="min", seed=search.run.seed))
+    return Points(names, OptunaSearch(space, metric="val_loss", mode="min", seed=search.run.seed), search.trial)
 
 
 def _distribution(values: Mapping[str, list[Any]]) -> BaseDistribution:

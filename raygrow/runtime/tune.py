@@ -76,10 +76,10 @@ def run_search(search: Search) -> int:
     console.print(_begin(search, resources), highlight=False, soft_wrap=True)
     trunks = open_trunks(segments(t.phases, t.run.train, data=data, seed=t.run.seed) for t in search.fixed)
     trial = partial(train_trial, search=search, folder=folder, data=data, trunks=trunks)
-    with _tune_settings(), _saves_before_it_stops(trunks, console):
+    with _tune_settings(), _saves_before_it_stops(trunks, console) as wish:
         grid = _tuner(search, folder, data, tune.with_resources(trial, resources)).fit()
     ray.kill(trunks)
-    status = _write_results(search, folder, grid)
+    status = _write_results(search, folder, grid, was_told_to_stop=wish.made)
     if status == "stopped":
         again = f"{search.run.name} was stopped. The same command goes on from what is there: {folder.path}"
         console.print(again, highlight=False, soft_wrap=True)
@@ -171,7 +171,7 @@ def _tuner(search: Search, folder: SearchFolder, data: Path, trial: Any) -> tune
     )
 
 
-def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> str:
+def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid, *, was_told_to_stop: bool) -> str:
     """Writes results.json and cost.json, unless there is something left to do; returns how the search has ended."""
     tried, ended = grid._experiment_analysis.trials or [], 0
     rows: dict[str, dict[str, Any]] = {}
@@ -193,7 +193,8 @@ def _write_results(search: Search, folder: SearchFolder, grid: ResultGrid) -> st
             "formula": trial.formula,
             "folder": f"trials/{trial.name}",
         }
-    if ended < len(search.fixed) + search.samples:
+    wanted = len(search.fixed) + search.samples if was_told_to_stop else len(tried)  # a space may have no more
+    if ended < wanted:
         return "stopped"
     replace_file(folder.path / RESULTS_FILE, json.dumps(list(rows.values()), indent=2))
     flops = cost([search.trial_of(tune_trial.config) for tune_trial in tried], folder.states)
@@ -223,15 +224,15 @@ def _tune_settings() -> Iterator[None]:
 
 
 @contextmanager
-def _saves_before_it_stops(trunks: ActorHandle, console: Console) -> Iterator[None]:
-    """Has SIGTERM and Ctrl-C save what is in training, and end Tune then."""
+def _saves_before_it_stops(trunks: ActorHandle, console: Console) -> Iterator[StopWish]:
+    """Has SIGTERM and Ctrl-C save what is in training, and end Tune then; says whether they came."""
     over = threading.Event()
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Tune listens
     with stop_wish() as wish:
         watcher = threading.Thread(target=_save_then_end, args=(wish, over, trunks, console), daemon=True)
         watcher.start()
         try:
-            yield
+            yield wish
         finally:
             over.set()
             watcher.join()

@@ -1,13 +1,18 @@
 """Stopping trials early: who is held against whom, where, and at which loss. Needs no Ray that runs."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from optuna.distributions import CategoricalDistribution
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
 
 from raygrow.config import build
-from raygrow.runtime.choosing import AshaOnFlops, Heat, chooser, heats
+from raygrow.runtime.choosing import AshaOnFlops, Heat, Points, chooser, heats
 from raygrow.space import SpaceConfig
 from raygrow.trials import Search
 from tests.composed import composed
@@ -56,6 +61,31 @@ def test_large_budgets_begin_first_and_all_else_is_as_the_space_has_it(budgets: 
     listed = [trial.name for trial in budgets.fixed]
     long = [name for name in listed if "plan.tokens-20" in name]
     assert names == long + [name for name in listed if name not in long]
+
+
+def trial_at(values: Mapping[str, Any]) -> Any:
+    """A growth by 1 is the fixed trial."""
+    grown = "_".join(f"{key}-{value}" for key, value in sorted(values.items()))
+    return SimpleNamespace(name="scratch" if values["factor"] == 1 else grown)
+
+
+def points() -> Points:
+    """A fixed trial, and what Optuna makes of nine combinations, of which three are that trial."""
+    listed: Any = {key: CategoricalDistribution((1, 2, 3)) for key in ("factor", "other")}
+    return Points(["scratch"], OptunaSearch(listed, metric="val_loss", mode="min", seed=0), trial_at)
+
+
+def test_no_trial_is_given_twice(tmp_path: Path) -> None:
+    given, restored = points(), points()
+    assert given.suggest("0") == {"name": "scratch"}
+    chosen: list[Any] = [given.suggest(str(number)) for number in range(1, 4)]
+    given.on_trial_result("1", {"val_loss": 1.0, "training_iteration": 1})
+    given.on_trial_complete("1", {"val_loss": 1.0})
+    given.save(str(tmp_path / "points"))
+    restored.restore(str(tmp_path / "points"))
+    chosen += [restored.suggest(str(number)) for number in range(4, 7)]
+    assert len({trial_at(point["values"]).name for point in chosen} - {"scratch"}) == 6
+    assert restored.suggest("7") == Searcher.FINISHED
 
 
 def test_there_is_a_heat_for_each_budget_and_its_first_rung_is_after_the_last_growth(budgets: Search) -> None:

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from ray.tune.experiment import Trial as TuneTrial
@@ -35,22 +34,23 @@ def test_who_has_ended_is_read_from_the_trials_folders(search: Search, tmp_path:
     for trial in search.fixed:
         folder.run(trial.name).write_summary(trial.phases, Outcome(outcomes[trial.name]))  # type: ignore[arg-type]
 
-    def ended(**done: Any) -> str:
+    def ended(*done: str, tried: int = 4, **more: bool) -> str:
         trials = [
             SimpleNamespace(
                 config={"name": trial.name},
                 status=TuneTrial.TERMINATED,
                 last_result={"done": True} if trial.name in done else {},
             )
-            for trial in search.fixed
+            for trial in search.fixed[:tried]
         ]
         grid = SimpleNamespace(_experiment_analysis=SimpleNamespace(trials=trials))
-        return _write_results(search, folder, grid)  # type: ignore[arg-type]
+        return _write_results(search, folder, grid, **{"was_told_to_stop": True} | more)  # type: ignore[arg-type]
 
-    assert ended() == "stopped"
+    assert ended() == ended(tried=3) == "stopped"
     assert not is_search(folder.path)
-    assert ended(**{"share-0.3": True}) == "finished"
+    assert ended("share-0.3") == "finished"
     assert {row["name"]: row["status"] for row in json.loads((folder.path / "results.json").read_text())} == outcomes
+    assert ended(tried=3, was_told_to_stop=False) == "finished"  # a space may have no more
 
 
 def test_a_search_that_goes_on_has_no_results(search: Search, tmp_path: Path) -> None:
