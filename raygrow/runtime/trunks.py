@@ -32,7 +32,8 @@ class Process(NamedTuple):
 class Trunks:
     """Hands out claims on segments by their keys, and knows the steps at which trials want to fork.
 
-    Started again after a crash it has forgotten who trains what: then two may train the same, which does no harm.
+    Started again after a crash it has forgotten who trains what: then two may train the same, which costs FLOPs, but
+    neither takes the states of the other away.
     """
 
     def __init__(self, wanted: dict[str, set[int]]) -> None:

@@ -34,7 +34,7 @@ from raygrow.runtime.trial import SearchFolder, train_trial
 from raygrow.runtime.trunks import open_trunks
 from raygrow.runtime.tune_progress import Told
 from raygrow.train.loop import Outcome
-from raygrow.train.shared import segments
+from raygrow.train.shared import remove_unkept, segments
 from raygrow.trials import Search, cost
 from raygrow.weights.atomic import replace_file
 
@@ -84,6 +84,7 @@ def run_search(search: Search) -> int:
         again = f"{search.run.name} was stopped. The same command goes on from what is there: {folder.path}"
         console.print(again, highlight=False, soft_wrap=True)
         return EXIT_CODES[status]
+    remove_unkept(folder.states)
     print_summary([folder.path], console, out=folder.path)
     console.print(f"report: {write_report([folder.path], folder.path)}", highlight=False, soft_wrap=True)
     return EXIT_CODES[status]

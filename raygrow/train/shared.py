@@ -96,7 +96,7 @@ def spent_flops(states: Path) -> float:
     Equals `total_flops` where all trials came to their end and nothing was lost on the way. What a dead process trained
     after its last report is in neither.
     """
-    return sum(States(folder).spent for folder in states.iterdir()) if states.is_dir() else 0.0
+    return sum(States(folder).spent for folder in _folders(states))
 
 
 def _fork_step(phase: Phase, report_every: int) -> int:
@@ -234,8 +234,12 @@ def growths_of(segments: Sequence[Segment], states: Path) -> dict[str, Path]:
 
 def remove_unkept(states: Path) -> None:
     """Removes all that no trial forks from or ends with. For a search that is over: nothing may be training."""
-    for folder in states.iterdir():
+    for folder in _folders(states):
         States(folder).remove_unkept()
+
+
+def _folders(states: Path) -> list[Path]:
+    return list(states.iterdir()) if states.is_dir() else []
 
 
 def _as_alone(line: Record, segment: Segment) -> Record:

@@ -13,6 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,22 @@ class States:
         return self.folder / f".{checkpoint_name(step)}.{uuid.uuid4().hex[:8]}"
 
     def add(self, aside: Path, step: int) -> None:
-        """Gives a state its name, and removes those before it that are not kept, and what dead processes left of it."""
-        if not self.of(step).is_dir():
+        """Gives a state its name, and removes those before it that are not kept.
+
+        Another process may be at work on the same key, where this one was believed to be lost: who comes second has
+        made the same state. What is aside is left to it.
+        """
+        try:
             os.rename(aside, self.of(step))
+        except OSError:
+            if not self.of(step).is_dir():
+                raise
+            if (aside / KEEP).exists():
+                self.keep([step])
+            shutil.rmtree(aside)
         for earlier in self.steps():
             if earlier < step and not self.is_kept(earlier):
                 self._remove(earlier)
-        for left in self.folder.glob(f".{checkpoint_name(step)}.*"):
-            shutil.rmtree(left)
 
     def remove_unkept(self) -> None:
         """Removes states that are not kept, and what dead processes left of others."""
@@ -96,12 +105,13 @@ class States:
             if not self.is_kept(step):
                 self._remove(step)
         for left in self.folder.glob(".step-*"):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)  # one that was just stopped may still be writing
 
     def _remove(self, step: int) -> None:
         aside = self.aside(step)  # what bears the name stays whole, should this process die
-        os.rename(self.of(step), aside)
-        shutil.rmtree(aside)
+        with suppress(FileNotFoundError):  # another process was first
+            os.rename(self.of(step), aside)
+            shutil.rmtree(aside)
 
 
 class StatesSession:

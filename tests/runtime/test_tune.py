@@ -279,6 +279,7 @@ def test_stopping_early_leaves_nothing_behind(words: Words, tmp_path: Path) -> N
     stopped = [row for row in rows.values() if row["status"] == "stopped"]
     assert stopped
     assert all(row["flops"] < rows["scratch"]["flops"] for row in stopped)
+    assert all((state / "KEEP").exists() for state in folder.glob("states/*/*step-*"))
     assert_nothing_left()
 
 

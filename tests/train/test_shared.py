@@ -27,6 +27,7 @@ from raygrow.train.shared import (
     total_flops,
     train_segment,
 )
+from raygrow.train.states import States
 from tests.distributed import run_distributed
 from tests.processes import PROCESSES
 
@@ -195,11 +196,30 @@ def test_a_kill_leaves_states_to_go_on_from(data: Path, tmp_path: Path) -> None:
     # up to the kill, and once more from the last state on
     steps = 18 + 40 - (logged[0]["step"] - 2)
     assert spent_flops(tmp_path) == pytest.approx(steps * phases[0].flops / phases[0].steps)
-    assert not partial.exists()
     remove_unkept(tmp_path)
+    assert not partial.exists()
     assert not elsewhere.exists()
     assert is_trained(replace(trunk, stop=8), tmp_path)
     assert untimed(history_of([trunk, tail], tmp_path)) == untimed(alone(phases, tmp_path / "alone", data))
+
+
+def test_two_processes_that_make_one_state_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = States(tmp_path)
+    first, second = states.aside(8), states.aside(8)
+    for aside in (first, second):
+        aside.mkdir()
+        (aside / "weights").touch()
+    (second / "KEEP").touch()
+    states.add(first, 8)
+    assert second.exists()
+    monkeypatch.setattr(states, "steps", lambda: [4, 8])  # the other one has removed the first of them since
+    states.add(second, 8)
+    assert states.is_kept(8)
+    assert list(tmp_path.iterdir()) == [states.of(8)]
+
+
+def test_nothing_is_removed_where_nothing_was_trained(tmp_path: Path) -> None:
+    remove_unkept(tmp_path / "states")
 
 
 def test_lines_told_on_the_way_are_those_of_the_trial(trials, searched, data: Path, tmp_path: Path) -> None:
