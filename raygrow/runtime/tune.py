@@ -49,8 +49,8 @@ SETTINGS = {
 """Read by Tune: no table of its own, trials stay in the driver's folder, no curves beside ours, Ctrl-C is ours, and its
 state is saved often."""
 POLL_SECONDS = 0.2
-CAN_CHANGE = ("run.workers", "run.dry_run", "run.storage_path", "space.trial")
-"""Keys that a search started again may give another value."""
+CAN_CHANGE = ("run.workers", "run.dry_run", "run.storage_path", "space.trial.cpus", "space.trial.gpus")
+"""Keys that a search started again may give another value. The others of a trial Tune keeps as it began with them."""
 
 
 def run_search(search: Search) -> int:

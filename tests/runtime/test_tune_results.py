@@ -11,7 +11,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from raygrow.config import build
 from raygrow.report.search import is_search
 from raygrow.runtime.trial import SearchFolder, _Trial
-from raygrow.runtime.tune import _claim, _write_results
+from raygrow.runtime.tune import _check_claim, _claim, _write_results
 from raygrow.space import SpaceConfig
 from raygrow.train.loop import Outcome
 from raygrow.trials import Search
@@ -60,6 +60,16 @@ def test_a_search_that_goes_on_has_no_results(search: Search, tmp_path: Path) ->
         (folder.path / name).write_text("of the moment of a stop")
     _claim(search, folder)
     assert [file.name for file in folder.path.iterdir()] == ["search.yaml"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("concurrent", 2), ("max_failures", 0)])
+def test_what_tune_keeps_of_a_search_cannot_change(key: str, value: int, search: Search, tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path / "search")
+    _claim(search, folder)
+    trial = replace(search.space.trial, cpus=2, gpus=1)
+    _check_claim(Search(search.tree, replace(search.space, trial=trial)), folder)
+    with pytest.raises(ValueError, match=rf"space\.trial\.{key} was (None|3) and is now {value}"):
+        _check_claim(Search(search.tree, replace(search.space, trial=replace(trial, **{key: value}))), folder)
 
 
 def test_a_trial_leaves_the_folder_of_another_run_as_it_is(
