@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray import tune
 from ray.actor import ActorHandle
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.result_grid import ResultGrid
 from rich.console import Console
 
-from raygrow.config import as_yaml, to_tree
+from raygrow.config import RunConfig, as_yaml, build, to_tree
 from raygrow.report.html import write_report
+from raygrow.report.runs import read_yaml
 from raygrow.report.search import COST_FILE, RESULTS_FILE
 from raygrow.report.text import print_summary
 from raygrow.runtime.choosing import chooser, stopper
@@ -33,6 +33,7 @@ from raygrow.runtime.train import EXIT_CODES, check_data
 from raygrow.runtime.trial import SearchFolder, train_trial
 from raygrow.runtime.trunks import open_trunks
 from raygrow.runtime.tune_progress import Told
+from raygrow.space import SpaceConfig
 from raygrow.train.loop import Outcome
 from raygrow.train.shared import remove_unkept, segments
 from raygrow.trials import Search, cost
@@ -90,8 +91,21 @@ def run_search(search: Search) -> int:
     return EXIT_CODES[status]
 
 
-def _settings(search: Search) -> dict[str, Any]:
-    return {"run": to_tree(search.run), "space": to_tree(search.space)}
+def _settings(run: RunConfig, space: SpaceConfig) -> dict[str, Any]:
+    return {"run": to_tree(run), "space": to_tree(space)}
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """A search's settings, with keys that have come since at their defaults.
+
+    Raises:
+        ValueError: If the file is damaged, or has keys that are gone by now; names it.
+    """
+    tree = read_yaml(file)
+    try:
+        return _settings(build(RunConfig, tree.get("run"), "run"), build(SpaceConfig, tree.get("space"), "space"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _check_claim(search: Search, folder: SearchFolder) -> None:
@@ -100,8 +114,8 @@ def _check_claim(search: Search, folder: SearchFolder) -> None:
         if folder.path.exists():
             raise ValueError(f"{folder.path} holds something other than a search: choose another `name`")
         return
-    before = yaml.safe_load(folder.settings.read_text())
-    for key, then, value in differences(before, json.loads(json.dumps(_settings(search)))):
+    now = _settings(search.run, search.space)
+    for key, then, value in differences(_read_settings(folder.settings), now):
         if not key.startswith(CAN_CHANGE):
             raise ValueError(
                 f"{folder.path} holds another search: {key} was {then!r} and is now {value!r}. Choose another `name`, "
@@ -112,7 +126,7 @@ def _check_claim(search: Search, folder: SearchFolder) -> None:
 def _claim(search: Search, folder: SearchFolder) -> None:
     """Makes the folder this search's. One that goes on has no results, whatever it had."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    replace_file(folder.settings, as_yaml(_settings(search)))
+    replace_file(folder.settings, as_yaml(_settings(search.run, search.space)))
     for name in (RESULTS_FILE, COST_FILE):
         (folder.path / name).unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from ray.tune.experiment import Trial as TuneTrial
 
 from raygrow.config import build
@@ -60,6 +61,23 @@ def test_a_search_that_goes_on_has_no_results(search: Search, tmp_path: Path) ->
         (folder.path / name).write_text("of the moment of a stop")
     _claim(search, folder)
     assert [file.name for file in folder.path.iterdir()] == ["search.yaml"]
+
+
+def test_settings_that_have_come_since_a_search_began_are_at_their_defaults(search: Search, tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path / "search")
+    _claim(search, folder)
+    tree = yaml.safe_load(folder.settings.read_text())
+    del tree["run"]["train"]["diverged_above"], tree["space"]["formula"]
+    folder.settings.write_text(yaml.safe_dump(tree))
+    _check_claim(search, folder)
+    tree["run"]["train"]["gone_by_now"] = 1
+    folder.settings.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=r"search\.yaml: run\.train\.gone_by_now: there is no such key"):
+        _check_claim(search, folder)
+    for damaged in ("run: [", "run: 1"):
+        folder.settings.write_text(damaged)
+        with pytest.raises(ValueError, match=r"search\.yaml"):
+            _check_claim(search, folder)
 
 
 @pytest.mark.parametrize(("key", "value"), [("concurrent", 2), ("max_failures", 0)])
