@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def print_best(folder: Path) -> None:
-    """The best settings of a search, each budget and decay by itself."""
+    """The best settings of a search, each budget by itself."""
     for contest in load_search([folder]).contests:
         print(f"{folder.name}, {contest.flops:.3g} FLOPs, of {len(contest.settings)} settings:")
         for loss, setting in best_of(contest)[:8]:

@@ -209,11 +209,6 @@ def is_trained(segment: Segment, states: Path) -> bool:
     return States(states / segment.key).is_kept(segment.stop)
 
 
-def state_of(segment: Segment, states: Path) -> Path:
-    """The checkpoint at a segment's stop."""
-    return States(states / segment.key).of(segment.stop)
-
-
 def history_of(segments: Sequence[Segment], states: Path) -> list[Record]:
     """The lines of history of a trial, in order, as far as there are states of it."""
     lines: list[Record] = []

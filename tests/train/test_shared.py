@@ -23,7 +23,6 @@ from raygrow.train.shared import (
     remove_unkept,
     segments,
     spent_flops,
-    state_of,
     total_flops,
     train_segment,
 )
@@ -157,7 +156,7 @@ def test_flops_are_the_closed_form(trials, searched) -> None:
 
 def test_only_states_to_fork_from_are_kept(trials, searched) -> None:
     states, _ = searched
-    kept = {state_of(segment, states) for trial in trials.values() for segment in trial}
+    kept = {States(states / segment.key).of(segment.stop) for trial in trials.values() for segment in trial}
     assert set(states.glob("*/*step-*")) == kept
 
 
