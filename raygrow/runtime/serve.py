@@ -11,7 +11,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -228,29 +229,42 @@ def serve_models(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, told)
     serve.start(http_options={"host": host, "port": port})
-    try:
+    with _nothing_stays(others=others):
         threading.Thread(target=_tell_what_is_missing, args=(started,), daemon=True).start()
-        serve.run(app, name=APP, route_prefix="/")
-        started.set()
+        try:
+            serve.run(app, name=APP, route_prefix="/")
+        except RuntimeError as error:
+            raise ValueError(f"the app did not start: {error}") from error
+        finally:
+            started.set()
         names, address = ", ".join(llm.model_id for llm in config.llm_configs), _address(host, port)
         logger.info("%s at %s (a page to chat) and %s/v1", names, address, address)
         if not ready(address):
             stop.set()
         stop.wait()
         logger.info("stopping: answers that are being written are finished first; Ctrl-C again stops at once")
+    return 0
+
+
+@contextmanager
+def _nothing_stays(*, others: bool) -> Iterator[None]:
+    """Ends the app with the body, however that ends, and then Serve, unless `others` have started it.
+
+    Who interrupts does not wait for that: Serve gives up replicas for which there is no room only after minutes.
+    """
+    interrupted = False
+    try:
+        yield
         _end_app()
         while APP in serve.status().applications:
             time.sleep(POLL_SECONDS)
-    except RuntimeError as error:
-        raise ValueError(f"the app did not start: {error}") from error
-    except KeyboardInterrupt:
+    except BaseException as error:
         _end_app()
+        interrupted = isinstance(error, KeyboardInterrupt)
         raise
     finally:
-        started.set()
-    if not others:
-        serve.shutdown()
-    return 0
+        if not others and not interrupted:
+            serve.shutdown()
 
 
 def _end_app() -> None:

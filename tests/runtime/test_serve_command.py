@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from ray import serve
 
 from raygrow.data.corpus import FilesCorpus
 from tests.runtime.driver import Driver, driver
@@ -21,6 +22,16 @@ def test_answers_finish_before_it_stops(ray: None, corpus: FilesCorpus, tmp_path
         answer = asyncio.run(stopped_in_mid_stream(server, f"http://127.0.0.1:{port}"))
         assert answer.whole, (answer, server.said())
         assert server.wait() == 0
+
+
+def test_a_start_that_fails_leaves_nothing(ray: None, corpus: FilesCorpus, tmp_path: Path) -> None:
+    model = random_model(tmp_path / "model", Path(corpus.path) / "tokenizer")
+    options = ["deployment_config.ray_actor_options={num_cpus: 0.5}", "engine_kwargs.kv_cache_memory_bytes=1"]
+    with driver(tmp_path, "serve", str(model), *options, "--port", str(free_port())) as server:
+        assert server.process.wait(timeout=400) == 2  # Serve shows the traceback of the replica
+        assert "raygrow: the app did not start" in server.said()
+    status = serve.status()
+    assert (status.proxies, status.applications) == ({}, {})
 
 
 def test_a_start_that_waits_for_ever_says_why_and_can_be_stopped(

@@ -1,13 +1,15 @@
 """Before an app answers: settings that cannot be are told in time, and a start that fails leaves nothing behind."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raygrow.data.corpus import FilesCorpus
-from raygrow.runtime.serve import build
-from tests.runtime.serving import random_model
+from raygrow.runtime import serve as starting
+from raygrow.runtime.serve_config import read_config
+from tests.runtime.serving import free_port, random_model
 
 
 @pytest.fixture
@@ -22,4 +24,50 @@ def described(model: Path, **more: Any) -> dict[str, Any]:
 
 def test_more_tokens_than_a_model_takes_are_told(model: Path) -> None:
     with pytest.raises(ValueError, match="small: max_model_len=1025: this model takes 1024 tokens at most"):
-        build({"llm_configs": [described(model, engine_kwargs={"max_model_len": 1025})]})
+        starting.build({"llm_configs": [described(model, engine_kwargs={"max_model_len": 1025})]})
+
+
+class MadeUpServe:
+    """What Ray Serve would be told, where no app can start."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.done = error, list[str]()
+        self.proxies, self.applications = dict[str, Any](), dict[str, Any]()
+
+    def start(self, **options: Any) -> None:
+        self.done.append("start")
+
+    def run(self, app: Any, *, name: str, route_prefix: str) -> None:
+        self.applications[name] = app
+        raise self.error
+
+    def status(self) -> "MadeUpServe":
+        return self
+
+    def delete(self, name: str, **options: Any) -> None:
+        self.done.append("delete")
+        del self.applications[name]
+
+    def shutdown(self) -> None:
+        self.done.append("shutdown")
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "done"),
+    [
+        (RuntimeError("no engine"), ValueError("the app did not start: no engine"), ["start", "delete", "shutdown"]),
+        (KeyboardInterrupt(), KeyboardInterrupt(), ["start", "delete"]),  # who has no time does not wait for more
+    ],
+)
+def test_a_start_that_fails_leaves_nothing(
+    error: BaseException, told: BaseException, done: list[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up = MadeUpServe(error)
+    monkeypatch.setattr(starting, "serve", made_up)
+    monkeypatch.setattr(starting, "connect", lambda: None)
+    monkeypatch.setattr(starting, "application", lambda config: config)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(type(told), match=f"{told}$"):
+        starting.serve_models(read_config({"llm_configs": [described(model)]}), host="127.0.0.1", port=free_port())
+    assert made_up.done == done
+    assert not made_up.applications
