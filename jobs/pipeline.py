@@ -1,4 +1,4 @@
-"""The whole way from text to a served sparse model: `python jobs/pipeline.py`, as `raygrow pipeline` does."""
+"""The end-to-end pipeline, from text to a served sparse model: `python jobs/pipeline.py`, like `raygrow pipeline`."""
 
 import sys
 

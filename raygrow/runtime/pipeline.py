@@ -1,4 +1,4 @@
-"""The whole way in one job: text, a growth plan, evaluation, a sparse model, a server that is asked a question.
+"""The end-to-end pipeline in one job: text, a growth plan, evaluation, a sparse model, a server that is asked.
 
 Each stage calls what the command of its name calls. Started again under its name, a pipeline goes on with the first
 stage that is not finished.

@@ -1,4 +1,4 @@
-"""The whole way at the smallest size: its stages, their order and their records, and what is refused before any begins.
+"""The pipeline at the smallest size: its stages, their order and their records, and what is refused before any begins.
 
 Training and serving, which take processes of their own, are made up here; test_pipeline_whole.py has the real ones.
 """

@@ -1,4 +1,4 @@
-"""The whole way for real, at the smallest size: killed in every stage, stopped, and gone on with each time."""
+"""The pipeline for real, at the smallest size: killed in every stage, stopped, and gone on with each time."""
 
 import json
 import signal
