@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from raygrow.config import build
 from raygrow.infer.config import EngineConfig
@@ -22,6 +23,17 @@ WAITING_PER_SLOT = 2
 MOST_REPLICAS = 64
 OF_EVERY_MODEL = ("engine_kwargs", "deployment_config")
 OF_THE_APP = ("api", "ingress")
+ActorOption = Literal[
+    "num_cpus",
+    "num_gpus",
+    "memory",
+    "resources",
+    "accelerator_type",
+    "runtime_env",
+    "label_selector",
+    "fallback_strategy",
+]
+"""Those that Serve takes."""
 TWICE = "two models are called that, or nearly that; give them other names, each as a folder or as a model_id"
 
 
@@ -59,30 +71,28 @@ class ModelLoadingConfig:
 class AutoscalingConfig:
     """How many replicas a model has, by the load of their engines."""
 
-    min_replicas: int = 1
+    min_replicas: NonNegativeInt = 1
     """0 lets the last one go; the next request waits until a replica has started."""
-    max_replicas: int = 1
-    initial_replicas: int | None = None
-    target_ongoing_requests: float | None = None
+    max_replicas: PositiveInt = 1
+    initial_replicas: NonNegativeInt | None = None
+    target_ongoing_requests: PositiveFloat | None = None
     """Requests, running or waiting, that a replica should have; 3/4 of its `max_num_seqs` when not given. It is fewer
     while an engine lacks memory for more."""
-    upscale_delay_s: float = 5.0
-    downscale_delay_s: float = 120.0
-    downscale_to_zero_delay_s: float | None = None
+    upscale_delay_s: NonNegativeFloat = 5.0
+    downscale_delay_s: NonNegativeFloat = 120.0
+    downscale_to_zero_delay_s: NonNegativeFloat | None = None
     """Before the last replica goes; as `downscale_delay_s` when not given."""
-    look_back_period_s: float = 15.0
+    look_back_period_s: PositiveFloat = 15.0
     """Load is its mean over this time."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_replicas <= self.max_replicas <= MOST_REPLICAS or self.max_replicas == 0:
+        if not self.min_replicas <= self.max_replicas <= MOST_REPLICAS:
             raise ValueError(
-                f"min_replicas={self.min_replicas}, max_replicas={self.max_replicas}: the first must be 0 or more, the "
-                f"second at least as many, at least 1 and at most {MOST_REPLICAS}"
+                f"min_replicas={self.min_replicas}, max_replicas={self.max_replicas}: the second must be at least as "
+                f"many as the first, and at most {MOST_REPLICAS}"
             )
-        if not self.min_replicas <= (self.initial_replicas or self.min_replicas) <= self.max_replicas:
+        if self.initial_replicas is not None and not self.min_replicas <= self.initial_replicas <= self.max_replicas:
             raise ValueError(f"initial_replicas={self.initial_replicas}: must be min_replicas to max_replicas")
-        if self.target_ongoing_requests is not None and self.target_ongoing_requests <= 0:
-            raise ValueError(f"target_ongoing_requests={self.target_ongoing_requests}: must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,25 +100,19 @@ class DeploymentConfig:
     """The replicas of one model. Each is a process with an engine of its own."""
 
     autoscaling_config: AutoscalingConfig = field(default_factory=AutoscalingConfig)
-    max_ongoing_requests: int | None = None
+    max_ongoing_requests: PositiveInt | None = None
     """Requests that a replica takes at once, running or waiting; 3 for each slot (`max_num_seqs`) when not given."""
-    max_queued_requests: int | None = None
+    max_queued_requests: PositiveInt | None = None
     """Requests that may wait outside when all replicas are full, or while none has started; as many as one replica
     takes when not given. Others are sent away with 429 and Retry-After."""
-    retry_after_s: int = 2
+    retry_after_s: PositiveInt = 2
     """After how long those that are sent away should try again."""
-    ray_actor_options: dict[str, Any] | None = None
+    ray_actor_options: dict[ActorOption, Any] | None = None
     """What a replica needs, such as {num_gpus: 1}; a GPU where the cluster has any, else a CPU, when not given."""
-    graceful_shutdown_timeout_s: float = 600.0
+    graceful_shutdown_timeout_s: NonNegativeFloat = 600.0
     """How long a replica that has to go may take for its last answers."""
-    health_check_period_s: float = 5.0
-    health_check_timeout_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_ongoing_requests", "max_queued_requests", "retry_after_s"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+    health_check_period_s: PositiveFloat = 5.0
+    health_check_timeout_s: PositiveFloat = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +155,9 @@ class LLMConfig:
 class IngressConfig:
     """The processes that speak HTTP. They need no GPU and hold no model, only tokenizers."""
 
-    num_replicas: int = 1
-    max_ongoing_requests: int = 2048
-    num_cpus: float = 1.0
+    num_replicas: PositiveInt = 1
+    max_ongoing_requests: PositiveInt = 2048
+    num_cpus: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

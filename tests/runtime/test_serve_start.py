@@ -1,5 +1,6 @@
 """Before an app answers: settings that cannot be are told in time, and a start that fails leaves nothing behind."""
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from raygrow.data.corpus import FilesCorpus
 from raygrow.runtime import serve as starting
-from raygrow.runtime.serve_config import read_config
+from raygrow.runtime.serve_config import read_config, serve_args
 from tests.runtime.serving import free_port, random_model
 
 
@@ -25,6 +26,29 @@ def described(model: Path, **more: Any) -> dict[str, Any]:
 def test_more_tokens_than_a_model_takes_are_told(model: Path) -> None:
     with pytest.raises(ValueError, match="small: max_model_len=1025: this model takes 1024 tokens at most"):
         starting.build({"llm_configs": [described(model, engine_kwargs={"max_model_len": 1025})]})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("ingress.num_replicas", 0),
+        ("ingress.max_ongoing_requests", 0),
+        ("ingress.num_cpus", -1),
+        ("deployment_config.max_ongoing_requests", 0),
+        ("deployment_config.retry_after_s", 0),
+        ("deployment_config.graceful_shutdown_timeout_s", -1),
+        ("deployment_config.health_check_period_s", 0),
+        ("deployment_config.ray_actor_options", {"gpus": 1}),
+        ("deployment_config.autoscaling_config.max_replicas", 0),
+        ("deployment_config.autoscaling_config.initial_replicas", 0),
+        ("deployment_config.autoscaling_config.initial_replicas", 2),
+        ("deployment_config.autoscaling_config.upscale_delay_s", -1),
+        ("deployment_config.autoscaling_config.look_back_period_s", 0),
+    ],
+)
+def test_settings_that_cannot_be_are_named(setting: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{setting}={value}: ")):
+        read_config(serve_args([("small", tmp_path)], {setting: value}))
 
 
 class MadeUpServe:
