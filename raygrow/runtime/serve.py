@@ -151,8 +151,8 @@ def application(config: ServeConfig) -> serve.Application:
         Ingress,
         name="ingress",
         num_replicas=config.ingress.num_replicas,
-        max_ongoing_requests=config.ingress.max_ongoing_requests,
-        max_queued_requests=config.ingress.max_ongoing_requests,
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_ongoing_requests,
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
         graceful_shutdown_timeout_s=longest,
     )

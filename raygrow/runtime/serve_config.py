@@ -20,6 +20,9 @@ TARGET_SHARE = 0.75
 """Of an engine's slots that are taken when its replicas are as many as they should be."""
 WAITING_PER_SLOT = 2
 """Requests that an engine holds back for each of its slots, before others wait outside."""
+CALLS_BESIDE = 2048
+"""Calls that an ingress process takes besides what its models hold, to turn them away in the API's own words: who is not
+taken in gets a line of plain text from Serve's HTTP proxy."""
 MOST_REPLICAS = 64
 OF_EVERY_MODEL = ("engine_kwargs", "deployment_config")
 OF_THE_APP = ("api", "ingress")
@@ -145,6 +148,12 @@ class LLMConfig:
         return self.deployment_config.max_queued_requests or self.max_ongoing_requests
 
     @property
+    def most_requests(self) -> int:
+        """Requests that are anywhere at once, when there are as many replicas as there may be."""
+        replicas = self.deployment_config.autoscaling_config.max_replicas
+        return replicas * self.max_ongoing_requests + self.max_queued_requests
+
+    @property
     def target_ongoing_requests(self) -> float:
         """Requests that a replica should have."""
         given = self.deployment_config.autoscaling_config.target_ongoing_requests
@@ -156,7 +165,9 @@ class IngressConfig:
     """The processes that speak HTTP. They need no GPU and hold no model, only tokenizers."""
 
     num_replicas: PositiveInt = 1
-    max_ongoing_requests: PositiveInt = 2048
+    max_ongoing_requests: PositiveInt | None = None
+    """Calls that each of them takes at once; when not given, what all models hold together, replicas and queues, and
+    2048 more, which it turns away itself."""
     num_cpus: NonNegativeFloat = 1.0
 
 
@@ -176,6 +187,11 @@ class ServeConfig:
             for llm, repeated in zip(self.llm_configs, names, strict=True):
                 if names.count(repeated) > 1:
                     raise ValueError(f"model_id={llm.model_id!r}: {TWICE}")
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """Calls that an ingress process takes at once."""
+        return self.ingress.max_ongoing_requests or sum(llm.most_requests for llm in self.llm_configs) + CALLS_BESIDE
 
 
 def read_config(args: Mapping[str, Any]) -> ServeConfig:

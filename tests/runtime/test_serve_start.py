@@ -51,6 +51,16 @@ def test_settings_that_cannot_be_are_named(setting: str, value: Any, tmp_path: P
         read_config(serve_args([("small", tmp_path)], {setting: value}))
 
 
+@pytest.mark.parametrize(("settings", "taken"), [({}, 4 * 768 + 768 + 2048), ({"max_ongoing_requests": 9}, 9)])
+def test_an_ingress_takes_all_that_its_models_hold_and_what_it_turns_away(
+    settings: dict[str, int], taken: int, model: Path
+) -> None:
+    deployment = {"autoscaling_config": {"max_replicas": 4}, "ray_actor_options": {"num_cpus": 1}}
+    large = described(model, engine_kwargs={"max_num_seqs": 256}, deployment_config=deployment)
+    app = starting.build({"llm_configs": [large], "ingress": settings})
+    assert app._bound_deployment.max_ongoing_requests == app._bound_deployment.max_queued_requests == taken
+
+
 class MadeUpServe:
     """What Ray Serve would be told, where no app can start."""
 
