@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raygrow.data.shards import MANIFEST_FILE
+from raygrow.data.shards import fingerprint
 from raygrow.nn.config import ModelConfig
 from raygrow.train.config import TrainConfig
 from raygrow.train.loop import Outcome, train_phase
@@ -64,8 +64,7 @@ def segments(phases: tuple[Phase, ...], config: TrainConfig, *, data: Path, seed
         data: Prepared data folder.
         seed: Of initial weights and data order.
     """
-    manifest = hashlib.sha256((data / MANIFEST_FILE).read_bytes()).hexdigest()
-    run = {"seed": seed, "data": manifest, "train": _shared_settings(config)}
+    run = {"seed": seed, "data": fingerprint(data), "train": _shared_settings(config)}
     found: list[Segment] = []
     for phase in phases:
         fork = _fork_step(phase, config.report_every)
