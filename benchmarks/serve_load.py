@@ -244,14 +244,16 @@ def first_model(url: str) -> str:
 
 def over_http(load: Load, url: str, model: str, clients: int) -> dict[str, Any]:
     """One turn of a server: requests are dealt out to processes, which begin together."""
-    concurrency = None if load.concurrency is None else max(1, load.concurrency // clients)
+    clients = min(clients, load.concurrency or clients)
+    shares = [load.concurrency and len(range(i, load.concurrency, clients)) for i in range(clients)]
     with ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for _ in range(clients)]
 
         def ask_all(jobs: list[Job], start: float) -> list[Record]:
             begun = [
-                pool.submit(ask_for, url, model, concurrency, start, jobs[i::clients]) for i, pool in enumerate(pools)
+                pool.submit(ask_for, url, model, share, start, jobs[i::clients])
+                for i, (pool, share) in enumerate(zip(pools, shares, strict=True))
             ]
             return [record for future in begun for record in future.result()]
 

@@ -203,9 +203,7 @@ def _finished(config: DataConfig) -> Manifest:
     if not (Path(config.path) / MANIFEST_FILE).exists():
         raise ValueError(f"data.path={config.path}: other files are in this folder; name one that is empty or new")
     manifest = load_manifest(config.path)
-    wanted = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in content_settings(config).items()
-    }
+    wanted = content_settings(config)
     changed = [key for key in wanted if manifest.settings.get(key) != wanted[key]]
     if changed:
         differences = "; ".join(f"data.{key} was {manifest.settings.get(key)}, is {wanted[key]}" for key in changed)

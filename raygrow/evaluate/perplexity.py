@@ -57,7 +57,7 @@ class EvaluationRecord:
 
     def to_json(self) -> str:
         """The record as indented JSON."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
 
 def evaluate_model(
@@ -80,7 +80,7 @@ def evaluate_model(
         sequences: How many, from the start of the split; 0 takes all.
         seq_len: Tokens in each; the model's `max_seq_len` when not given.
         batch_size: Sequences in one forward pass.
-        sparsity: A level of a model that has been made sparse; it runs dense when not given.
+        sparsity: A level of a model that has been made sparse; it runs dense when not given, or 0.
         policy: Which tokens count, and are sparse if any are: of `decode` the second half of each sequence. When not
             given, `all` for a dense model and `decode` for a sparse one.
         device: `cuda`, `cpu`, ...; CUDA where there is one when not given.
@@ -89,11 +89,12 @@ def evaluate_model(
     Raises:
         FileNotFoundError: If a folder or a file in it is missing.
         ValueError: If a file is damaged, the data was prepared with another tokenizer than the model's, the split is
-            shorter than one sequence, a number is out of range, the model was not made for that sparsity, or there is
-            no such device.
+            shorter than one sequence, a number is out of range, the model was not made for that sparsity, its loss is
+            no number, or there is no such device.
     """
     if sequences < 0:
         raise ValueError(f"sequences={sequences}: must be at least 1, or 0 for all")
+    sparsity = sparsity or None  # as the engine has it
     tokens = open_tokens(data_path, "validation")
     if (model_folder / TOKENIZER_FILE).is_file():
         check_tokenizer(tokens.manifest, load_tokenizer(model_folder), name=f"the tokenizer of {model_folder}")
@@ -117,6 +118,8 @@ def evaluate_model(
     started = time.perf_counter()
     total, count = sum_loss(model, in_pieces(batch, batch_size, place, progress))
     loss = total.item() / count
+    if not math.isfinite(loss):
+        raise ValueError(f"{model_folder}: the loss of this model is {loss:g}: look for NaN and inf in its weights")
     return EvaluationRecord(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # beyond, a float overflows

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from raygrow.data.shards import open_tokens
 from raygrow.evaluate.perplexity import evaluate_model
 from raygrow.evaluate.unigram import token_counts, unigram_loss
+from raygrow.nn.config import ModelConfig
+from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.text.tokenizer import train_tokenizer
+from raygrow.weights.folder import write_folder
 
 
 def test_the_loss_is_that_of_plain_cross_entropy(model_folder: Path, data: Path, model: Rack):
@@ -46,6 +49,20 @@ def test_the_record_says_what_was_measured(model_folder: Path, data: Path):
     with (model_folder / "config.json").open("a") as file:
         file.write("\n")
     assert evaluate_model(model_folder, data, device="cpu").model_sha256 != first["model_sha256"]
+
+
+def test_a_model_without_numbers_is_named(config: ModelConfig, data: Path, tmp_path: Path):
+    rack = Rack(config)
+    init_weights(rack, config, seed=1)
+    rack.state_dict()["blocks.1.attention.o.weight"][0, 0] = torch.nan
+    write_folder(tmp_path / "broken", config, rack.named_parameters())
+    with pytest.raises(ValueError, match="broken: the loss of this model is nan"):
+        evaluate_model(tmp_path / "broken", data, device="cpu")
+
+
+def test_a_sparsity_of_0_is_none(model_folder: Path, data: Path):
+    dense = evaluate_model(model_folder, data, sparsity=0.0, device="cpu")
+    assert (dense.sparsity, dense.policy) == (None, "all")
 
 
 @pytest.mark.parametrize(
