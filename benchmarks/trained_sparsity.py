@@ -42,6 +42,7 @@ from raygrow.evaluate.sparsify import sparsify_model
 from raygrow.infer.engine import Engine
 from raygrow.nn.config import ModelConfig
 from raygrow.nn.device import choose_device
+from raygrow.nn.joined import join
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.config import SparsifyConfig
 from raygrow.sparsity.zeros import skip_zeros
@@ -147,7 +148,9 @@ def as_rare(model: Rack, frequencies: list[list[float]]) -> Rack:
 
 
 def speeds(model: Rack, tokenizer: Any, device: torch.device, *, rows: Any = None, smoke: bool) -> dict[int, float]:
-    """Milliseconds of a step, by how many sequences decode together."""
+    """Milliseconds of a step, by how many sequences decode together. On CUDA its Blocks are joined for good."""
+    if device.type == "cuda":
+        join(model)  # as `load_engine` does
     prompt, new = (16, 8) if smoke else (128, 128)
     engine = Engine(model, tokenizer, engine_config(device, seqs=max(BATCHES), max_len=prompt + new), rows=rows)
     found = {}
@@ -166,24 +169,32 @@ def measure_speed(arms: dict[str, Any], shape: str, tokenizer: Any, device: torc
     """Rows of every arm, dense and sparse."""
     config, smoke = SHAPES[shape], shape == "smoke"
     for name, arm in arms.items():
-        kind = name.split("_")[0]
-        if kind == "swiglu":
-            model = random_model(config, device)
-            yield {"arm": name, "sparse": False, "ms": speeds(model, tokenizer, device, smoke=smoke)}
-            rows, skipped = make_sparse(model, "rotated_wina", SPEED_LEVEL)
+        for make in (dense_model, sparse_model):
+            model, rows, told = make(name.split("_")[0], config, arm["activity"], device)
             found = speeds(model, tokenizer, device, rows=rows, smoke=smoke)
-            yield {"arm": name, "sparse": True, "skipped": skipped, "ms": found}
-        else:
-            model = as_rare(random_model(rectified(config, kind), device), arm["activity"]["frequencies"])
-            prompts = torch.randint(0, 300, (max(BATCHES), 32), generator=torch.Generator().manual_seed(1))
-            really = activity(model, prompts.to(device))
-            del really["frequencies"]
-            yield {"arm": name, "sparse": False, "ms": speeds(model, tokenizer, device, smoke=smoke)}
-            found = speeds(skip_zeros(model), tokenizer, device, smoke=smoke)
-            yield {"arm": name, "sparse": True, "activity": really, "ms": found}
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
+            yield {"arm": name, "sparse": make is sparse_model, **told, "ms": found}
+            del model, rows
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def dense_model(kind: str, config: ModelConfig, trained: Any, device: torch.device) -> tuple[Rack, None, dict]:
+    """A random model of an arm's kind, whose units are as rare as those of the trained one."""
+    if kind == "swiglu":
+        return random_model(config, device), None, {}
+    return as_rare(random_model(rectified(config, kind), device), trained["frequencies"]), None, {}
+
+
+def sparse_model(kind: str, config: ModelConfig, trained: Any, device: torch.device) -> tuple[Rack, Any, dict]:
+    """The same model, sparse; what its engine has to know of rows, and what is really left out."""
+    model = dense_model(kind, config, trained, device)[0]
+    if kind == "swiglu":
+        rows, skipped = make_sparse(model, "rotated_wina", SPEED_LEVEL)
+        return model, rows, {"skipped": skipped}
+    prompts = torch.randint(0, 300, (max(BATCHES), 32), generator=torch.Generator().manual_seed(1))
+    really = activity(model, prompts.to(device))
+    del really["frequencies"]
+    return skip_zeros(model), None, {"activity": really}
 
 
 def rectified(config: ModelConfig, kind: str) -> ModelConfig:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from raygrow.kernels.zeros import nonzero_linear, rectified_linear
+from raygrow.nn.block import Block
 from raygrow.nn.mlp import RECTIFIED
 from raygrow.nn.rack import Rack
 
@@ -23,9 +24,14 @@ def skip_zeros(model: Rack) -> Rack:
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: If the model is sparse or joined already.
     """
     block: Any
     for block in model.blocks:
+        if not isinstance(block, Block):
+            raise ValueError("this model is sparse or joined already: load it again")
         if isinstance(block.mlp, RECTIFIED):
             block.mlp = ZeroSkippingMlp(block.mlp)
     return model

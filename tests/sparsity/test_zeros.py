@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from raygrow.nn.joined import join
 from raygrow.nn.rack import Rack
 from raygrow.sparsity.apply import install
 from raygrow.sparsity.config import SparsifyConfig, check_model
@@ -50,6 +51,11 @@ def test_other_kinds_are_left_as_they_are() -> None:
     before = [block.mlp for block in model.blocks]
     skip_zeros(model)
     assert all(block.mlp is mlp for block, mlp in zip(model.blocks, before, strict=True))
+
+
+def test_a_joined_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="sparse or joined already: load it again"):
+        skip_zeros(join(random_rack(tiny(mlp="reglu"))))
 
 
 @pytest.mark.parametrize("kind", KINDS)
