@@ -17,8 +17,6 @@ from raygrow.kernels.triton_launch import overlapping, overlaps
 
 LARGEST = 2**15
 """Entries of a row: two counts are summed in the halves of 32 bits."""
-NEAR = tl.constexpr(24)
-"""How far from a hint the first two probes are: a fifth of the size, in bf16."""
 
 
 @triton.jit
@@ -31,26 +29,23 @@ def _keys(score):
 
 
 @triton.jit
-def _kth_largest(key_D, keep, hint, BITS: tl.constexpr):
-    """The largest key that at least `keep` entries reach. A good hint saves rounds, a bad one costs one."""
-    REACH: tl.constexpr = NEAR << (BITS - 15)
+def _kth_largest(key_D, keep, BITS: tl.constexpr):
+    """The largest key that at least `keep` entries reach."""
     low, high = 0, (1 << (BITS - 1)) - 1 + (1 << (BITS - 1))  # all reach the one, none the other
-    first = tl.minimum(tl.maximum(hint - REACH, 1), high - 2)
-    second = first + tl.minimum(2 * REACH, high - 1 - first)
     while high - low > 1:
+        third = tl.maximum((high - low) // 3, 1)
+        first = low + third
+        second = tl.minimum(first + third, high)
         counts = tl.sum((key_D >= first).to(tl.int32) + ((key_D >= second).to(tl.int32) << 16), 0)
         reach_first, reach_second = counts & 0xFFFF, counts >> 16
         high = tl.where(reach_second >= keep, high, tl.where(reach_first >= keep, second, first))
         low = tl.where(reach_second >= keep, second, tl.where(reach_first >= keep, first, low))
-        third = tl.maximum((high - low) // 3, 1)
-        first = low + third
-        second = tl.minimum(first + third, high)
     return low
 
 
 @triton.jit(do_not_specialize=["keep"])
 def _select(
-    x, scale, gain, index, value, dense, hints, keep, eps,
+    x, scale, gain, index, value, dense, keep, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -75,10 +70,7 @@ def _select(
     BITS: tl.constexpr = 15 if scale is None and x.dtype.element_ty.primitive_bitwidth == 16 else 31
     smallest = 0  # which all reach
     if keep < D:
-        hint = 0 if hints is None else tl.load(hints + row)
-        smallest = _kth_largest(key_d, keep, hint, BITS)
-        if hints is not None:
-            tl.store(hints + row, smallest)
+        smallest = _kth_largest(key_d, keep, BITS)
 
     larger_d = key_d > smallest
     equal_d = key_d == smallest
@@ -101,10 +93,6 @@ def select_triton(
     scale_D: Tensor | None = None,
     eps: float | None = None,
     gain_D: Tensor | None = None,
-    hints_R: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
-    warps: int | None = None,
-    pdl: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `select`, and with `eps` as `norm_select`.
 
@@ -114,18 +102,11 @@ def select_triton(
         scale_D: Weighs the entries.
         eps: Of the RMS norm that the rows get first.
         gain_D: Of that norm.
-        hints_R: Where the bits of each row's smallest entry are kept from call to call, int32: they change how long it
-            takes, never what is selected.
-        out: Tensors for indices and values, `(R, K)`.
-        warps: Of a program.
-        pdl: Whether to start while the kernel before this one ends.
     """
     rows = len(x_RD)
-    index_RK, value_RK = out or (
-        torch.empty(rows, keep, dtype=torch.int32, device=x_RD.device),
-        torch.empty(rows, keep, dtype=x_RD.dtype, device=x_RD.device),
-    )
-    _launch(x_RD, keep, scale_D, eps, gain_D, hints_R, (index_RK, value_RK, None), warps, pdl)
+    index_RK = torch.empty(rows, keep, dtype=torch.int32, device=x_RD.device)
+    value_RK = torch.empty(rows, keep, dtype=x_RD.dtype, device=x_RD.device)
+    _launch(x_RD, keep, scale_D, eps, gain_D, index_RK, value_RK, None)
     return index_RK, value_RK
 
 
@@ -136,14 +117,10 @@ def masked_triton(
     scale_D: Tensor | None = None,
     eps: float | None = None,
     gain_D: Tensor | None = None,
-    hints_R: Tensor | None = None,
-    out_RD: Tensor | None = None,
-    warps: int | None = None,
-    pdl: bool | None = None,
 ) -> Tensor:
     """Same contract as `masked`, and with `eps` as `norm_masked`. Arguments as of `select_triton`."""
-    out_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
-    _launch(x_RD, keep, scale_D, eps, gain_D, hints_R, (None, None, out_RD), warps, pdl)
+    out_RD = torch.empty_like(x_RD)
+    _launch(x_RD, keep, scale_D, eps, gain_D, None, None, out_RD)
     return out_RD
 
 
@@ -153,10 +130,9 @@ def _launch(
     scale_D: Tensor | None,
     eps: float | None,
     gain_D: Tensor | None,
-    hints_R: Tensor | None,
-    out: tuple[Tensor | None, Tensor | None, Tensor | None],
-    warps: int | None,
-    pdl: bool | None,
+    index_RK: Tensor | None,
+    value_RK: Tensor | None,
+    out_RD: Tensor | None,
 ) -> None:
     rows, size = x_RD.shape
     assert x_RD.is_contiguous(), "rows must be contiguous"
@@ -164,10 +140,10 @@ def _launch(
     assert 1 <= keep <= size, f"keep {keep} of {size} entries"
     if not rows:
         return
-    pdl = overlaps(x_RD.device) if pdl is None else pdl
+    pdl = overlaps(x_RD.device)
     block = max(triton.next_power_of_2(size), 32)
     _select[(rows,)](
-        x_RD, scale_D, gain_D, *out, hints_R, keep, 0.0 if eps is None else eps,
+        x_RD, scale_D, gain_D, index_RK, value_RK, out_RD, keep, 0.0 if eps is None else eps,
         D=size, BLOCK_D=block, NORM=eps is not None, PDL=pdl,
-        num_warps=warps or min(max(block // 512, 1), 16), **overlapping(pdl),
+        num_warps=min(max(block // 512, 1), 16), **overlapping(pdl),
     )  # fmt: skip

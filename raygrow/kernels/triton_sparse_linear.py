@@ -156,7 +156,6 @@ def sparse_linear_triton(
     gated: bool = False,
     skip_zeros: bool = False,
     tiling: Tiling | None = None,
-    pdl: bool | None = None,
 ) -> Tensor:
     """Same contract as `sparse_linear` and `sparse_expert_linear`.
 
@@ -170,7 +169,6 @@ def sparse_linear_triton(
         gated: Whether the weight is a gate beside what it is applied to.
         skip_zeros: Without indices: rows of the weight that are multiplied by zero are not read.
         tiling: How the work is cut up.
-        pdl: Whether to start while the kernel before this one ends.
     """
     rows, keep = value_RK.shape
     features = weight.shape[-1] // 2 if gated else weight.shape[-1]
@@ -179,7 +177,7 @@ def sparse_linear_triton(
     if not rows:
         return out_RF
     cut = tiling or row_tiling(keep, features, rows, gated=gated, device=weight.device)
-    pdl = overlaps(weight.device) if pdl is None else pdl
+    pdl = overlaps(weight.device)
     tiles = triton.cdiv(features, cut.columns)
     partial = torch.empty(rows * cut.parts * weight.shape[-1], dtype=torch.float32, device=weight.device)
     tickets = tickets_of(weight, rows * tiles)
@@ -199,7 +197,6 @@ def nonzero_linear_triton(
     bias_F: Tensor | None = None,
     addend_RF: Tensor | None = None,
     tiling: Tiling | None = None,
-    pdl: bool | None = None,
 ) -> Tensor:
     """Same contract as `zeros.nonzero_linear`, of at most 16 rows. Arguments as of `sparse_linear_triton`."""
     rows, size = x_RD.shape
@@ -210,7 +207,7 @@ def nonzero_linear_triton(
     if not rows:
         return out_RF
     cut = tiling or union_tiling(size, features, device=weight_DF.device)
-    pdl = overlaps(weight_DF.device) if pdl is None else pdl
+    pdl = overlaps(weight_DF.device)
     tiles = triton.cdiv(features, cut.columns)
     partial = torch.empty(rows * cut.parts * features, dtype=torch.float32, device=weight_DF.device)
     tickets = tickets_of(weight_DF, tiles)

@@ -213,8 +213,6 @@ class TestKernels:
     @pytest.mark.parametrize("size", [*SIZES, 2047, 4096, 11008, 16384])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_selections_are_those_of_the_twin(self, dtype: torch.dtype, size: int, ties: bool) -> None:
-        from raygrow.kernels.triton_select import select_triton
-
         x_RD = random_rows(3, size, dtype, ties=ties).cuda()
         scale_D = random_rows(1, size, torch.float32)[0].abs().cuda()
         for keep in {*keeps(size), max(size // 2, 1), max(3 * size // 5, 1)}:
@@ -226,10 +224,6 @@ class TestKernels:
             assert_same(select(x_RD, keep, scale_RD), own)
             assert torch.equal(masked(x_RD, keep, scale_RD), scatter(own, size))
             assert torch.equal(masked(x_RD, keep), scatter(true, size))
-            for hint in (0, 0x3F80, 0x7FFF, 0x7FFFFFFF, -1):
-                hints_R = torch.full((3,), hint, dtype=torch.int32, device="cuda")
-                assert_same(Selection(*select_triton(x_RD, keep, hints_R=hints_R)), true)
-                assert_same(Selection(*select_triton(x_RD, keep, hints_R=hints_R)), true)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_rows_of_nan_and_zeros_keep_as_many_as_any(self, dtype: torch.dtype) -> None:
