@@ -85,7 +85,7 @@ def make_app(models: Mapping[str, Model], config: ApiConfig | None = None) -> Fa
         raise ValueError("models={}: name at least one")
     config = config or ApiConfig()
     app = FastAPI(title="raygrow", docs_url=None, redoc_url=None)
-    metrics = Metrics(models)
+    metrics = Metrics()
     api = _Api(models, config, metrics)
     _add_routes(app, api)
     errors.install(app)

@@ -1,14 +1,6 @@
-"""Figures of the API for Prometheus."""
-
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+"""Figures of the API for Prometheus. Those of engines are at Ray's own endpoint, for every replica."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
-
-from raygrow.infer.engine import EngineStats
-from raygrow.runtime.openai.model import Measured, Model
 
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -17,7 +9,7 @@ NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1
 class Metrics:
     """The figures of one app, in a registry of its own."""
 
-    def __init__(self, models: Mapping[str, Model]) -> None:
+    def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("raygrow_requests", "Answered requests", ["route", "status"], registry=registry)
         self.open = Gauge("raygrow_requests_open", "Sequences asked for, not yet ended", ["model"], registry=registry)
@@ -37,22 +29,3 @@ class Metrics:
         )
         self.prompt_tokens = Counter("raygrow_prompt_tokens", "Tokens of prompts", ["model"], registry=registry)
         self.new_tokens = Counter("raygrow_generation_tokens", "New tokens", ["model"], registry=registry)
-        measured = {id: model for id, model in models.items() if isinstance(model, Measured)}
-        if measured:
-            registry.register(_Engines(measured))
-
-
-class _Engines(Collector):
-    """The figures of engines in this process, read when they are asked for."""
-
-    def __init__(self, models: Mapping[str, Measured]) -> None:
-        self._models = models
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        stats = {id: model.stats for id, model in self._models.items()}
-        for field in fields(EngineStats):
-            text = f"{field.name.replace('_', ' ')} of the engine"
-            family = GaugeMetricFamily(f"raygrow_engine_{field.name}", text, labels=["model"])
-            for id, of_model in stats.items():
-                family.add_metric([id], getattr(of_model, field.name))
-            yield family

@@ -1,9 +1,8 @@
 """What the API asks of a model: an engine in this process, or replicas of one elsewhere."""
 
 from collections.abc import AsyncIterator
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
-from raygrow.infer.engine import EngineStats
 from raygrow.infer.request import Delta, Request
 from raygrow.text.tokenizer import Tokenizer
 
@@ -44,14 +43,4 @@ class Model(Protocol):
 
     async def check(self) -> None:
         """Raises if the model cannot answer any more."""
-        ...
-
-
-@runtime_checkable
-class Measured(Protocol):
-    """A model whose engine is near enough to be asked for its figures at any time."""
-
-    @property
-    def stats(self) -> EngineStats:
-        """The engine's figures now."""
         ...
