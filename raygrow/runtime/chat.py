@@ -29,6 +29,7 @@ Enter sends. Ctrl-C stops an answer, and at the prompt leaves.
 SECONDS_TO_ANSWER = 600
 """Longest wait for a server's next word: it may have to start first."""
 SHOWN_CONTROLS = "\n\t"
+LOST = "the connection was lost before the answer was complete"
 
 Message = dict[str, str]
 
@@ -100,12 +101,15 @@ class Server:
             "seed": config.seed,
         }
         body = {key: value for key, value in wanted.items() if value is not None}
-        with self._request("chat/completions", body) as answer:
-            for event in _events(answer):
-                for choice in event["choices"]:
-                    yield Piece(choice["delta"].get("content") or "", 0)
-                if usage := event.get("usage"):
-                    yield Piece("", usage["completion_tokens"])
+        try:
+            with self._request("chat/completions", body) as answer:
+                for event in _events(answer):
+                    for choice in event["choices"]:
+                        yield Piece(choice["delta"].get("content") or "", 0)
+                    if usage := event.get("usage"):
+                        yield Piece("", usage["completion_tokens"])
+        except HTTPException as error:
+            raise OSError(LOST) from error
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -190,7 +194,7 @@ def _events(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
             if error := event.get("error"):
                 raise ValueError(error["message"])
             yield event
-    raise OSError("the connection was lost before the answer was complete")
+    raise OSError(LOST)
 
 
 def chat(

@@ -177,6 +177,18 @@ def test_a_server_in_trouble(scripted: tuple[type[Scripted], str], lines: Any, s
     assert told in talk(server, "hi")
 
 
+@pytest.mark.parametrize(
+    "sent", [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\ndata: {", b"what?\r\n\r\n"]
+)
+def test_an_answer_that_is_cut_off_or_none(
+    scripted: tuple[type[Scripted], str], monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    handler, url = scripted
+    server = Server(url)
+    monkeypatch.setattr(handler, "do_POST", lambda self: self.wfile.write(sent))
+    assert "the connection was lost before the answer was complete" in talk(server, "hi")
+
+
 @pytest.mark.parametrize("page", ["<html>", "[]", '{"data": 3}', "{}"])
 def test_what_is_no_such_server_is_told(
     scripted: tuple[type[Scripted], str], monkeypatch: pytest.MonkeyPatch, page: str
