@@ -21,8 +21,8 @@ TARGET_SHARE = 0.75
 WAITING_PER_SLOT = 2
 """Requests that an engine holds back for each of its slots, before others wait outside."""
 CALLS_BESIDE = 2048
-"""Calls that an ingress process takes besides what its models hold, to turn them away in the API's own words: who is not
-taken in gets a line of plain text from Serve's HTTP proxy."""
+"""Calls that an ingress process takes besides what its models hold, to turn them away in the API's own words: what it
+does not take gets a line of plain text from Serve's HTTP proxy."""
 MOST_REPLICAS = 64
 OF_EVERY_MODEL = ("engine_kwargs", "deployment_config")
 OF_THE_APP = ("api", "ingress")

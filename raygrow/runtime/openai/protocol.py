@@ -33,7 +33,7 @@ Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class Only:
-    """Marks a field that is understood and not offered: it may have a value that asks for nothing."""
+    """Marks a field that is understood and not offered: it may be null, or have a value that asks for nothing."""
 
     def __init__(self, *harmless: Any) -> None:
         self._harmless = harmless
@@ -42,8 +42,8 @@ class Only:
         """The value, if it is harmless."""
         if value is None or value in self._harmless:
             return value
-        allowed = " or ".join(map(json.dumps, self._harmless))
-        raise PydanticCustomError("unsupported_parameter", "is not supported; leave it out or give {a}", {"a": allowed})
+        allowed = " or ".join(["leave it out", *(f"give {json.dumps(harmless)}" for harmless in self._harmless)])
+        raise PydanticCustomError("unsupported_parameter", "is not supported; {a}", {"a": allowed})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
@@ -87,6 +87,16 @@ class GenerationRequest(BaseModel):
     logit_bias: Annotated[Any, Only({})] = None
     response_format: Annotated[Any, Only({"type": "text"})] = None
     use_beam_search: Annotated[Any, Only(False)] = None
+    structured_outputs: Annotated[Any, Only()] = None
+    guided_json: Annotated[Any, Only()] = None
+    guided_regex: Annotated[Any, Only()] = None
+    guided_choice: Annotated[Any, Only()] = None
+    guided_grammar: Annotated[Any, Only()] = None
+    bad_words: Annotated[Any, Only([])] = None
+    allowed_token_ids: Annotated[Any, Only()] = None
+    truncate_prompt_tokens: Annotated[Any, Only()] = None
+    include_stop_str_in_output: Annotated[Any, Only(False)] = None
+    skip_special_tokens: Annotated[Any, Only(True)] = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "GenerationRequest":
@@ -149,6 +159,7 @@ class CompletionRequest(GenerationRequest):
 
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     suffix: Annotated[Any, Only("")] = None
+    prompt_embeds: Annotated[Any, Only()] = None
 
     @model_validator(mode="after")
     def _completes(self) -> "CompletionRequest":
@@ -172,7 +183,21 @@ class ContentPart(BaseModel):
     model_config = ConfigDict(strict=True)
 
     type: Literal["text", "input_text", "output_text", "refusal"]
-    text: str = ""
+    text: str | None = None
+    refusal: str | None = None
+    """The text of a part of this type."""
+
+    @model_validator(mode="after")
+    def _has_a_text(self) -> "ContentPart":
+        field = "refusal" if self.type == "refusal" else "text"
+        if getattr(self, field) is None:
+            raise _wrong(field, f"is missing; a part of type {self.type} has its text there")
+        return self
+
+    @property
+    def said(self) -> str:
+        """Its text."""
+        return (self.refusal if self.type == "refusal" else self.text) or ""
 
 
 class Message(BaseModel):
@@ -187,7 +212,7 @@ class Message(BaseModel):
     def for_template(self) -> dict[str, Any]:
         """As chat templates take it: one text."""
         parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts or ())
+        text = parts if isinstance(parts, str) else "".join(part.said for part in parts or ())
         role = "system" if self.role == "developer" else self.role
         # clients send answers back with fields that hold nothing, and templates ask whether a message has them
         more = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
@@ -212,6 +237,12 @@ class ChatRequest(GenerationRequest):
 
     tools: Annotated[Any, Only([])] = None
     functions: Annotated[Any, Only([])] = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
+    modalities: Annotated[Any, Only(["text"])] = None
+    audio: Annotated[Any, Only()] = None
+    chat_template: Annotated[Any, Only()] = None
+    continue_final_message: Annotated[Any, Only(False)] = None
 
     @model_validator(mode="after")
     def _chats(self) -> "ChatRequest":
