@@ -228,11 +228,11 @@ def _answer(engine: Engine, pipe: Connection) -> None:
 
     thread: EngineThread[int] = EngineThread(engine, give, stuck_seconds=STUCK_SECONDS)
     while True:
-        while not pipe.poll(HANGING_SECONDS / 3):  # nobody asks for anything, and all is well
-            _watch()
+        _watch()  # all is well as long as it comes here, whether or not anybody asks for something
+        if not pipe.poll(HANGING_SECONDS / 3):
+            continue
         match _read(pipe):
             case None:
-                _watch()
                 with sending:
                     _write(pipe, _stats(thread))
             case number, None:

@@ -140,10 +140,14 @@ def impatient(folder: Path) -> Engine:
     return load_engine(folder)
 
 
-def test_nobody_has_to_ask_it_anything(folder: Path):
+@pytest.mark.parametrize("busy", [False, True])
+def test_nobody_has_to_ask_it_how_it_is(folder: Path, busy: bool):
     async def main(engine: EngineProcess) -> None:
         await engine.stats()
-        await asyncio.sleep(2.5)
+        for i in range(10):
+            if busy:
+                assert (await collect(engine, request(str(i), (1, 2), max_tokens=1)))[-1].finish_reason
+            await asyncio.sleep(0.25)
         await engine.stats()
         await engine.close()
 

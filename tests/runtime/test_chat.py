@@ -106,6 +106,9 @@ def test_a_model_loaded_here(corpus: FilesCorpus, tmp_path: Path) -> None:
     assert list(speaker.answer(conversation, config)) == first
 
 
+CUT_OFF = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\ndata: {"
+
+
 class Scripted(BaseHTTPRequestHandler):
     """A server that answers everybody in the same way; what it was sent is in `seen`."""
 
