@@ -180,9 +180,7 @@ def test_a_server_in_trouble(scripted: tuple[type[Scripted], str], lines: Any, s
     assert told in talk(server, "hi")
 
 
-@pytest.mark.parametrize(
-    "sent", [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\ndata: {", b"what?\r\n\r\n"]
-)
+@pytest.mark.parametrize("sent", [CUT_OFF, b"what?\r\n\r\n"])
 def test_an_answer_that_is_cut_off_or_none(
     scripted: tuple[type[Scripted], str], monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
