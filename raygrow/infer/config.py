@@ -6,7 +6,7 @@ from typing import Literal
 from raygrow.nn.config import ModelConfig
 
 DType = Literal["auto", "float32", "bfloat16"]
-KvLayout = Literal["auto", "block", "interleaved"]
+LayoutChoice = Literal["auto", "block", "interleaved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class EngineConfig:
     """No CUDA graphs."""
     async_scheduling: bool | None = None
     """Begin a step before the texts of the one before are made; on CUDA, which computes meanwhile, when not given."""
-    kv_layout: KvLayout = "auto"
+    kv_layout: LayoutChoice = "auto"
     """How Blocks share pages: each has its own (`block`), or all share them (`interleaved`), which takes a tenth of the
     driver's calls and wastes less of a sequence's last page. `auto` is interleaved on CUDA: steps take as long."""
     sparsity: float | None = None
@@ -56,7 +56,7 @@ class EngineConfig:
             raise ValueError(f"sparsity={self.sparsity:g}: must be at least 0 and below 1")
         for name, choices in (
             ("dtype", DType.__args__),
-            ("kv_layout", KvLayout.__args__),
+            ("kv_layout", LayoutChoice.__args__),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}")

@@ -4,6 +4,7 @@ A plan is written from its target. Walking backward, each growth is shrunk away 
 walking forward, each growth is applied (`grow`), which gives the model of every phase.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 
@@ -158,8 +159,10 @@ def _settle(
 ) -> Phase:
     seq_len = config.seq_len or train.seq_len
     batch_size = config.batch_size or train.batch_size
-    _check_frozen(name, config.frozen, model)
-    flops_per_token = training_flops_per_token(model, seq_len, trains=_trained_units(model, config.frozen).__contains__)
+    parameters = list(parameter_shapes(model))
+    _check_frozen(name, config.frozen, parameters)
+    trained = _trained_units(parameters, config.frozen)
+    flops_per_token = training_flops_per_token(model, seq_len, trains=trained.__contains__)
     flops_before = sum(phase.flops for phase in before)
     steps = _steps(name, config, total, flops_before, flops_per_token, batch_size * seq_len)
     flops = steps * batch_size * seq_len * flops_per_token
@@ -230,9 +233,9 @@ def _steps(
     return steps
 
 
-def _trained_units(model: ModelConfig, frozen: tuple[str, ...]) -> set[str]:
+def _trained_units(parameters: Sequence[str], frozen: tuple[str, ...]) -> set[str]:
     """The units of a model (`embedding`, `blocks.3`, `head`) of which any parameter is left to train."""
-    trained = (split_name(name) for name in parameter_shapes(model) if not is_frozen(name, frozen))
+    trained = (split_name(name) for name in parameters if not is_frozen(name, frozen))
     return {rest.split(".")[0] if block is None else f"blocks.{block}" for block, rest in trained}
 
 
@@ -241,12 +244,12 @@ def is_frozen(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _check_frozen(name: str, patterns: tuple[str, ...], model: ModelConfig) -> None:
-    names, key = list(parameter_shapes(model)), f"plan.phases.{name}.frozen={list(patterns)}"
+def _check_frozen(name: str, patterns: tuple[str, ...], parameters: Sequence[str]) -> None:
+    key = f"plan.phases.{name}.frozen={list(patterns)}"
     for pattern in patterns:
-        if not any(fnmatch(parameter, pattern) for parameter in names):
+        if not any(is_frozen(parameter, (pattern,)) for parameter in parameters):
             raise ValueError(f"{key}: the pattern {pattern!r} matches no parameter of the model")
-    if all(is_frozen(parameter, patterns) for parameter in names):
+    if all(is_frozen(parameter, patterns) for parameter in parameters):
         raise ValueError(f"{key}: no parameter is left to train")
 
 
