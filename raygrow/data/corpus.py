@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from raygrow.data.files import read_file
 from raygrow.progress import Progress, silent
+from raygrow.text.tokenizer import SMALLEST_VOCABULARY
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,12 @@ class TokenizerConfig:
     """Size of a trained tokenizer."""
     train_bytes: int = 32_000_000
     """Bytes of training text to learn a tokenizer from; more is slower and changes little."""
+
+    def __post_init__(self) -> None:
+        # the corpus is read before a tokenizer is trained on it: too late to say so
+        for name, least in {"vocab_size": SMALLEST_VOCABULARY, "train_bytes": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,11 @@ class FilesCorpus(CorpusConfig):
     """Key (jsonl) or column (parquet) that holds the text of a document."""
     passage: int = 16_384
     """A text file is cut into documents at the first line end after this many characters; 0 keeps it whole."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.passage < 0:
+            raise ValueError(f"passage={self.passage}: must be at least 1, or 0 to keep files whole")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +179,9 @@ def _python_files(roots: tuple[str, ...]) -> list[str]:
 def _matching_files(patterns: tuple[str, ...]) -> list[str]:
     files: set[str] = set()
     for pattern in map(os.path.expanduser, patterns):
-        wanted = os.path.join(pattern, "**") if os.path.isdir(pattern) else pattern
+        # what is there is meant as it is spelled: "notes [2].txt" is also the pattern of "notes 2.txt"
+        wanted = glob.escape(pattern) if os.path.exists(pattern) else pattern
+        wanted = os.path.join(wanted, "**") if os.path.isdir(pattern) else wanted
         found = [os.path.abspath(path) for path in glob.glob(wanted, recursive=True) if os.path.isfile(path)]
         if not found:
             raise FileNotFoundError(f"data.files: no file matches {pattern} (searched from {os.getcwd()})")

@@ -77,11 +77,13 @@ def _read_jsonl(path: Path, lines: Iterable[str], text_key: str) -> Iterator[str
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is only the former
             raise ValueError(f"{path}:{number}: is not JSON ({error}); each line has to hold one document") from error
-        text = row.get(text_key) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(row) if isinstance(row, dict) else "no keys"
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise ValueError(f"{path}:{number}: is a {kind}, not an object; each line has to hold one document")
+        if not isinstance(text := row.get(text_key), str):
+            keys = ", ".join(row)
             raise ValueError(f"{path}:{number}: has no text under {text_key!r} (it has {keys}); set data.text_key")
         yield text.encode("utf-8", "replace").decode("utf-8")  # an escape such as \ud800 is no character by itself
 

@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 """Files that make up a tokenizer; a folder has some of them."""
+SMALLEST_VOCABULARY = 257
+"""Of a byte-level tokenizer: the 256 bytes and the end of text."""
 COMMON_END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -145,9 +147,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: If `vocab_size` leaves no room for the bytes.
     """
-    if vocab_size < 257:
+    if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
-            f"vocab_size={vocab_size}: a byte-level tokenizer needs 257 tokens (256 bytes and end of text)"
+            f"vocab_size={vocab_size}: a byte-level tokenizer needs {SMALLEST_VOCABULARY} tokens (256 bytes and end of "
+            "text)"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -79,6 +79,15 @@ def test_files_come_from_globs_folders_and_lists_once_each(tmp_path: Path) -> No
     assert read(files(tmp_path / "**/*.txt", tmp_path / "a.txt")) == ["a.txt", "deep/b.txt"]
 
 
+def test_a_name_that_looks_like_a_pattern_is_that_name(tmp_path: Path) -> None:
+    (tmp_path / "deep [2020]").mkdir()
+    for name in ("a [1].txt", "a 1.txt", "deep [2020]/b.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(files(tmp_path / "a [1].txt")) == ["a [1].txt"]
+    assert read(files(tmp_path / "deep [2020]")) == ["deep [2020]/b.txt"]
+    assert read(files(tmp_path / "a [12].txt")) == ["a 1.txt"]
+
+
 def test_text_is_cut_at_line_ends_without_losing_any(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(1000)) + "no end"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -134,6 +143,13 @@ def test_jsonl_errors_name_file_and_line(tmp_path: Path) -> None:
     path.write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(ValueError, match=r"a\.jsonl:2: is not JSON"):
         read(files(path))
+    for line in ('{"id": 1' + "0" * 5000 + "}", "[" * 200_000):
+        path.write_text(line)
+        with pytest.raises(ValueError, match=r"a\.jsonl:1: is not JSON"):
+            read(files(path))
+    path.write_text('[{"text": "one"}, {"text": "two"}]')
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: is a list, not an object; each line has to hold one document"):
+        read(files(path))
     path.write_text('{"text": "half a pair: \\ud800"}\n')
     assert read(files(path)) == ["half a pair: ?"]
 
@@ -176,7 +192,11 @@ def test_config_tree_is_built_strictly() -> None:
         "engine=spark": r"data\.engine='spark'",
         "validation_share=1.5": r"data\.validation_share=1\.5",
         "shard_tokens=0": r"data\.shard_tokens=0",
+        "passage=-1": r"data\.passage=-1: must be at least 1, or 0",
     }.items():
         key, value = wrong.split("=")
         with pytest.raises(ValueError, match=message):
             build(DataConfig, tree | {key: value}, "data")
+    for key, value in {"vocab_size": 256, "train_bytes": 0}.items():
+        with pytest.raises(ValueError, match=rf"data\.tokenizer\.{key}={value}: must be at least"):
+            build(DataConfig, tree | {"tokenizer": {key: value}}, "data")
