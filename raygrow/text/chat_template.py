@@ -16,7 +16,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from raygrow.text.tokenizer import Tokenizer
+from raygrow.text.tokenizer import SETTINGS_FILE, Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 PLAIN = """\
@@ -39,7 +39,7 @@ class ChatTemplate:
         tokenizer: Holds the template, and encodes.
 
     Raises:
-        ValueError: If the template is no valid Jinja.
+        ValueError: If the template is no valid Jinja, or no text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -123,7 +123,9 @@ def find_template(tokenizer: Tokenizer) -> str | None:
         return file
     found = tokenizer.settings.get("chat_template")
     if isinstance(found, list):  # several by name: for tools, for retrieval
-        found = {each["name"]: each["template"] for each in found}.get("default")
+        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
+    if found and not isinstance(found, str):
+        raise ValueError(f"{SETTINGS_FILE}: chat_template holds a {type(found).__name__}, not a template")
     return found or None
 
 

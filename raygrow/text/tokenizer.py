@@ -18,10 +18,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     SETTINGS_FILE,
-    "special_tokens_map.json",
+    SPECIAL_TOKENS_FILE,
     "added_tokens.json",
     "chat_template.jinja",
     "tokenizer.model",
@@ -42,16 +43,16 @@ class Tokenizer:
         origin: Where the files came from, for error messages.
 
     Raises:
-        ValueError: If `tokenizer.json` cannot be read, or no end-of-text token is named.
+        ValueError: If `tokenizer.json` or a file of settings cannot be read, or no end-of-text token is named.
     """
 
     def __init__(self, files: Mapping[str, bytes], *, origin: str = "the tokenizer") -> None:
         self._files = dict(files)
         try:
             self._backend = tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE].decode("utf-8"))
-            settings = json.loads(files.get(SETTINGS_FILE, b"{}"))
         except Exception as error:  # the Rust library raises a bare Exception
-            raise ValueError(f"{origin}: {TOKENIZER_FILE} or {SETTINGS_FILE} cannot be read ({error})") from error
+            raise ValueError(f"{origin}: {TOKENIZER_FILE} cannot be read ({error})") from error
+        settings = _read_settings(files, origin)
         self._backend.no_truncation()  # a folder may carry the limits of the model that it was made for
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # a text that spells out a special token is still only text
@@ -62,7 +63,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         """One more than the largest id: the rows that an embedding needs."""
         self.settings: dict[str, Any] = settings
-        """What `tokenizer_config.json` says."""
+        """What `tokenizer_config.json` says, and in older folders `special_tokens_map.json`."""
         self.sha256 = hashlib.sha256(files[TOKENIZER_FILE]).hexdigest()
         """Identity of the tokenizer: the hash of its `tokenizer.json`."""
 
@@ -119,8 +120,15 @@ class Tokenizer:
         return frozenset(self.special_tokens.values())
 
     def file(self, name: str) -> str | None:
-        """The text of one of the tokenizer's files, if it has it."""
-        return self._files[name].decode("utf-8") if name in self._files else None
+        """The text of one of the tokenizer's files, if it has it.
+
+        Raises:
+            ValueError: If it is not UTF-8.
+        """
+        try:
+            return self._files[name].decode("utf-8") if name in self._files else None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: is not UTF-8 text ({error})") from error
 
     @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
@@ -205,13 +213,31 @@ def _convert(folder: Path) -> Tokenizer:
         return load_tokenizer(temporary)
 
 
+def _read_settings(files: Mapping[str, bytes], origin: str) -> dict[str, Any]:
+    """What the files beside `tokenizer.json` say, as `transformers` reads them."""
+    settings = _read_object(files, SETTINGS_FILE, origin)
+    if "added_tokens_decoder" in settings:
+        return settings
+    return settings | _read_object(files, SPECIAL_TOKENS_FILE, origin)  # an older folder: the tokens' names are there
+
+
+def _read_object(files: Mapping[str, bytes], name: str, origin: str) -> dict[str, Any]:
+    try:
+        content = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise ValueError(f"{origin}: {name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{origin}: {name} holds a {type(content).__name__} where an object has to be")
+    return content
+
+
 def _end_id(backend: tokenizers.Tokenizer, settings: dict[str, Any], origin: str) -> int:
     """The end-of-text id that the folder's settings name, or else that of a common end-of-text token."""
     named = settings.get("eos_token")
     if isinstance(named, dict):  # older folders describe the token in full
-        named = named["content"]
+        named = named.get("content", named)
     for token in (named,) if named else COMMON_END_TOKENS:
-        end_id = backend.token_to_id(token)
+        end_id = backend.token_to_id(token) if isinstance(token, str) else None
         if end_id is not None:
             return end_id
     raise ValueError(

@@ -108,12 +108,24 @@ def test_models_without_a_template_get_a_plain_dialogue(plain: Tokenizer) -> Non
     assert "User: <|endoftext|>\n" in plain.decode(ids)
 
 
+def test_settings_without_a_template_that_can_be_taken(plain: Tokenizer, tmp_path: Path) -> None:
+    plain.save(tmp_path)
+    (tmp_path / SETTINGS_FILE).write_text('{"chat_template": [{"name": "tool_use"}]}')
+    assert ChatTemplate(load_tokenizer(tmp_path)).source is None
+    (tmp_path / SETTINGS_FILE).write_text('{"chat_template": {"default": ""}}')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template holds a dict"):
+        ChatTemplate(load_tokenizer(tmp_path))
+
+
 def test_what_a_template_refuses_is_told(folder: Path, plain: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="refuses these messages: no messages"):
         ChatTemplate(load_tokenizer(folder)).render([])
     load_tokenizer(folder).save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(ValueError, match="no valid Jinja"):
+        ChatTemplate(load_tokenizer(tmp_path))
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: is not UTF-8"):
         ChatTemplate(load_tokenizer(tmp_path))
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
     with pytest.raises(ValueError, match="unsafe"):

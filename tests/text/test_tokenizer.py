@@ -83,6 +83,23 @@ def test_folder_of_a_slow_tokenizer_is_converted(tokenizer: Tokenizer, tmp_path:
     assert loaded.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
 
 
+@pytest.mark.parametrize("lists_added_tokens", [False, True])
+def test_older_folders_name_their_special_tokens_in_a_file_of_their_own(
+    tokenizer: Tokenizer, tmp_path: Path, lists_added_tokens: bool
+) -> None:
+    tokenizer.save(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_special_tokens(["<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    settings |= {"added_tokens_decoder": {}} if lists_added_tokens else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<end>", "lstrip": false}}')
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.token(loaded.eos_id) == (END_OF_TEXT if lists_added_tokens else "<end>")
+    assert loaded.eos_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
+
+
 def test_errors_name_the_folder_and_what_is_missing(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_tokenizer(tmp_path / "nowhere")
@@ -92,6 +109,13 @@ def test_errors_name_the_folder_and_what_is_missing(tokenizer: Tokenizer, tmp_pa
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     with pytest.raises(ValueError, match="'<end>' is not in it"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"id": 1}}')
+    with pytest.raises(ValueError, match=r"\{'id': 1\} is not in it"):
+        load_tokenizer(tmp_path)
+    for content, message in {"[]": "holds a list", "{": "cannot be read"}.items():
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"{tmp_path}: tokenizer_config\.json {message}"):
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
