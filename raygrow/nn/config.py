@@ -57,9 +57,7 @@ class ModelConfig:
         self._check_types()
         if not self.n_kv_heads:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        for name in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_stacks", "blocks_per_stack"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        self._check_numbers()
         if not self.head_dim:
             if self.d_model % self.n_heads:
                 raise ValueError(
@@ -70,11 +68,21 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim}: rotary positions need an even head_dim")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if not 0 < self.logit_scale < math.inf:
-            raise ValueError(f"logit_scale={self.logit_scale}: must be a number above 0")
         if self.rotation != "none" and self.norm != "rmsnorm":
             raise ValueError(f"rotation={self.rotation!r}: only rmsnorm is the same in every basis, not {self.norm}")
         self._check_experts()
+
+    def _check_numbers(self) -> None:
+        sizes = ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_stacks", "blocks_per_stack")
+        for name in (*sizes, "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("rope_theta", "logit_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number above 0")
+        for name in ("norm_eps", "init_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number of at least 0")
 
     def _check_experts(self) -> None:
         if not self.n_experts:

@@ -126,6 +126,10 @@ def test_initial_weights_depend_on_name_and_seed_alone() -> None:
         ({"head_dim": 7}, "head_dim=7"),
         ({"n_experts": 2, "top_k": 1, "d_expert": -4}, "d_expert=-4"),
         ({"logit_scale": 0.0}, r"logit_scale=0\.0"),
+        ({"rope_theta": 0}, "rope_theta=0: must be a number above 0"),
+        ({"max_seq_len": 0}, "max_seq_len=0"),
+        ({"norm_eps": -1e-5}, "norm_eps=-1e-05: must be a number of at least 0"),
+        ({"init_std": float("nan")}, "init_std=nan"),
         ({"rotation": "block", "norm": "layernorm"}, "only rmsnorm is the same in every basis"),
     ],
 )
