@@ -203,9 +203,9 @@ def test_keys_that_are_not_there_mean_what_they_mean_in_transformers(family):
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope scaling 'llama3'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"intermediate_size": None}, "intermediate_size is missing"),
-        ({"rms_norm_eps": "small"}, "norm_eps='small'"),
+        ({"rms_norm_eps": "small"}, r"norm_eps='small': must be of type float \(here norm_eps is rms_norm_eps\)"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "num_experts_per_tok is missing"),
-        ({"model_type": "qwen3"}, "n_heads=4 is not a multiple of n_kv_heads=32"),
+        ({"model_type": "qwen3"}, r"n_kv_heads=32 \(here .*, n_kv_heads is num_key_value_heads\)"),
         (
             {**MIXTRAL, "num_experts_per_tok": 2, "sliding_window": 512},
             "sliding_window=512 is less than max_",

@@ -70,7 +70,11 @@ def from_hf_config(settings: Mapping[str, Any]) -> ModelConfig:
     known = {field: settings[key] for field, key in family.keys.items() if settings.get(key) is not None}
     kinds: dict[str, Any] = {activation: kind for kind, activation in ACTIVATIONS.items()}
     kind = kinds[settings["hidden_act"]]
-    config = ModelConfig(**dict(family.always), **known, mlp=kind, rope_theta=_rope_theta(settings))
+    rope_theta = _rope_theta(settings)
+    try:
+        config = ModelConfig(**dict(family.always), **known, mlp=kind, rope_theta=rope_theta)
+    except ValueError as error:
+        raise ValueError(f"{error}{_in_its_own_words(str(error), family)}") from error
     _check_window(settings, config.max_seq_len)
     return replace(config, **family.more_fields(settings, config.n_blocks))
 
@@ -125,6 +129,12 @@ def updated_hf_config(settings: Mapping[str, Any], config: ModelConfig) -> dict[
     # one that says the same in several keys may now contradict itself; of a basis no config.json says anything
     meant = replace(config.regrouped(1), rotation="none")
     return updated if from_hf_config(updated) == meant else {**settings, **after}
+
+
+def _in_its_own_words(message: str, family: Family) -> str:
+    """Which keys of the family's config.json a message about fields is about."""
+    keys = [f"{field} is {key}" for field, key in family.keys.items() if field != key and f"{field}=" in message]
+    return f" (here {', '.join(keys)})" if keys else ""
 
 
 def _refuse_what_raygrow_has_not(settings: Mapping[str, Any]) -> None:
