@@ -166,7 +166,8 @@ def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file; empty for a folder with a single file."""
     if (path / INDEX_FILE).exists():
         weight_map = read_json(path / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        is_map = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+        if not is_map or not weight_map:
             raise ValueError(f"{path / INDEX_FILE} has no `weight_map`, which says where each tensor is: copy it again")
         return weight_map
     if not (path / SINGLE_FILE).exists():

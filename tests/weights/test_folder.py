@@ -114,7 +114,12 @@ def test_a_damaged_config_is_named(rack, tmp_path, content, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}", "has no `weight_map`"), ('{"weight_map": []}', "has no `weight_map`"), ('{"weight_map', "cut short")],
+    [
+        ("{}", "has no `weight_map`"),
+        ('{"weight_map": []}', "has no `weight_map`"),
+        ('{"weight_map": {"norm.bias": 1}}', "has no `weight_map`"),
+        ('{"weight_map', "cut short"),
+    ],
 )
 def test_a_damaged_index_is_named(rack, tmp_path, content, message):
     path = write_folder(tmp_path / "model", CONFIG, rack.named_parameters(), max_shard_bytes=1000)
