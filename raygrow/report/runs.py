@@ -150,7 +150,9 @@ def read_history(file: Path) -> list[dict[str, Any]]:
         ValueError: If a line is damaged; names it as `file:line`.
     """
     lines = []
-    for number, text in enumerate(file.read_text().splitlines(keepends=True), 1):
+    # what is no text is no JSON either, and is told as such
+    content = file.read_text(encoding="utf-8", errors="replace")
+    for number, text in enumerate(content.splitlines(keepends=True), 1):
         try:
             line = json.loads(text)
             missing = {"phase", "step", "tokens", "flops", "seconds"} - line.keys()
@@ -171,6 +173,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ValueError: If it is damaged; names it.
     """
     try:
-        return yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__} where a mapping of keys and values has to be")
+    return content

@@ -253,7 +253,7 @@ def _read_trials(folder: Path) -> list[Trial]:
         return _trials_so_far(folder)
     try:
         return [_trial(row, folder) for row in json.loads(file.read_text())]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}): start the search again under its name to write it") from error
 
 
@@ -313,13 +313,15 @@ def _contests(trials: Sequence[Trial]) -> tuple[Contest, ...]:
         plan = settings["plan"]
         tokens, flops = plan.get("tokens"), plan.get("flops")
         budget = flops or (tokens or 0) * training_flops_per_token(model, seq_len) or trial.flops
+        if not budget:  # nobody says how long it is to train, and it has not begun to
+            continue
         for other_model, other_budget, _, group in groups:
             if other_model.regrouped(1) == model.regrouped(1) and abs(budget / other_budget - 1) <= SAME_BUDGET:
                 group.append(trial)
                 break
         else:
             groups.append((model, budget, seq_len, [trial]))
-    contests = (Contest(model, budget, seq_len, _settings(group)) for model, budget, seq_len, group in groups if budget)
+    contests = (Contest(model, budget, seq_len, _settings(group)) for model, budget, seq_len, group in groups)
     return tuple(sorted(contests, key=lambda contest: contest.flops))
 
 

@@ -34,6 +34,20 @@ def test_a_damaged_line_is_named(pair: tuple[Path, Path]):
         load_run(pair[0])
 
 
+def test_a_file_that_is_no_text_is_named(pair: tuple[Path, Path]):
+    with (pair[0] / "history.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\x00\n")
+    with pytest.raises(ValueError, match=r"history\.jsonl:166 is damaged"):
+        load_run(pair[0])
+
+
+@pytest.mark.parametrize("content", [b"name: \xff", b"na", b"- name", b"{name"])
+def test_damaged_settings_are_named(content: bytes, pair: tuple[Path, Path]):
+    (pair[0] / "run.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"demo/run\.yaml (is damaged|holds a)"):
+        load_run(pair[0])
+
+
 def test_a_last_line_being_written_is_left_out(pair: tuple[Path, Path]):
     whole = load_run(pair[0]).history
     with (pair[0] / "history.jsonl").open("a") as file:

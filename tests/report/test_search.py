@@ -181,6 +181,19 @@ def test_a_search_that_still_goes_on(tmp_path: Path):
     assert "Of 6 trials, 1 is in progress, or stopped early." in said
 
 
+def test_trials_that_have_just_begun_by_a_plan_of_steps(tmp_path: Path):
+    for share in (0.03, 0.08):
+        write_trial(tmp_path, share=share)
+    for folder in tmp_path.glob("trials/*"):
+        (folder / "history.jsonl").unlink()
+        (folder / "summary.json").unlink()
+        settings = yaml.safe_load((folder / "run.yaml").read_text())
+        settings["plan"] |= {"tokens": None, "phases": {"base": {"steps": 10}, "stacked": {"steps": 10}}}
+        (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "search.yaml").write_text("search: grid\n")
+    assert "Of 2 trials, 2 are in progress" in answer(tmp_path)
+
+
 def test_one_file_says_it_all(seeds: Path, tmp_path: Path):
     report = write_report([seeds], tmp_path)
     page = report.read_text()
@@ -311,8 +324,8 @@ def test_damage_and_mixtures_are_named(seeds: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"is a search and .*run is none"):
         write_report([seeds, run], tmp_path)
     broken = write_search(tmp_path / "broken", [])
-    for content in ("[{", json.dumps([{"name": "x"}]), "[1]"):
-        (broken / "results.json").write_text(content)
+    for content in (b"[{", json.dumps([{"name": "x"}]).encode(), b"[1]", b"\xff"):
+        (broken / "results.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"broken/results\.json is damaged"):
             write_report([broken], tmp_path)
 
