@@ -97,9 +97,11 @@ def _first_windows(tokens: Tokens, window: int) -> np.ndarray:
     """Number of the first window in each shard, and in the end their total. No window crosses from shard to shard."""
     counts = [(len(shard) - 1) // window for shard in tokens.shards]  # the last target lies one token further
     if not sum(counts):
+        longest = max(map(len, tokens.shards))
         raise ValueError(
-            f"the {tokens.split} split holds {tokens.n_tokens} tokens, too few for a sequence of {window} + 1: "
-            "prepare more text, raise data.validation_share or choose a shorter seq_len"
+            f"the {tokens.split} split holds {tokens.n_tokens} tokens, at most {longest} in a shard: too few for a "
+            f"sequence of {window} + 1, which lies in one. Prepare more text, raise data.validation_share or "
+            "data.shard_tokens, or choose a shorter seq_len"
         )
     return np.cumsum([0, *counts])
 
