@@ -22,8 +22,8 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         FileExistsError: If `path` is there already and `replace` is not set.
         OSError: If the folder cannot be written; names `path`. Other errors of the block pass as they are.
     """
-    if path.exists() and not replace:
-        raise FileExistsError(f"{path} exists already: remove it or choose another name")
+    if not replace:
+        _refuse_existing(path)
     final = path.resolve()
     aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     missing = [parent for parent in final.parents if not parent.exists()]
@@ -32,6 +32,8 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         with _errors_name(path, aside):
             aside.mkdir(parents=True)
             yield aside
+            if not replace:
+                _refuse_existing(path)  # others may have made it meanwhile
             if final.exists():
                 old = final.with_name(f".{final.name}.old-{os.getpid()}")
                 os.rename(final, old)
@@ -59,6 +61,11 @@ def replace_file(path: Path, content: bytes | str) -> None:
             os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: remove it or choose another name")
 
 
 @contextmanager

@@ -25,6 +25,13 @@ def test_errors_name_what_was_to_be_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_others_made_meanwhile_is_not_replaced(tmp_path):
+    theirs = tmp_path / "model/theirs"
+    with pytest.raises(FileExistsError, match="model exists already"), new_folder(tmp_path / "model"):
+        theirs.mkdir(parents=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "theirs"]
+
+
 def test_a_path_without_a_name_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     with new_folder(tmp_path / "here/../there") as aside:
