@@ -58,7 +58,7 @@ class Pipeline:
     plan: dict[str, Any]
     """`sparsity.json`; empty before there is one."""
     levels: list[Level]
-    """The dense model first."""
+    """The dense model first, evaluated or not; then the sparse ones that are."""
 
     def stage(self, name: str) -> StageRecord:
         """One stage by its name."""
@@ -121,7 +121,7 @@ def _levels(path: Path, plan: dict[str, Any]) -> list[Level]:
         )
         for key, level in plan.get("levels", {}).items()
     ]
-    return [level for level in (dense, *sparse) if level.scores]
+    return [dense, *(level for level in sparse if level.scores)]
 
 
 def _scores(folder: Path, level: str) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the report of a pipeline says, and its figure of what sparsity costs."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from functools import partial
 
@@ -48,7 +49,7 @@ def summarize_pipeline(pipeline: Pipeline) -> Summary:
 def pipeline_panels(pipeline: Pipeline) -> dict[str, Drawing]:
     """The panels that the pipeline has data for, by name."""
     found = plots.panels([run for run in pipeline.runs if run.history])
-    if len(pipeline.levels) > 1:
+    if len(pipeline.levels) > 1 and pipeline.levels[0].scores:
         found["draw_sparsity"] = partial(draw_sparsity, levels=pipeline.levels)
     return found
 
@@ -93,8 +94,10 @@ def stages_table(pipeline: Pipeline) -> Table:
 
 def sparsity_table(pipeline: Pipeline) -> Table:
     """The dense model and every level of the sparse one, on the validation text."""
-    dense, rows = next(iter(pipeline.levels), None), []
+    dense, rows = pipeline.levels[0], []
     for level in pipeline.levels:
+        if not level.scores:
+            continue
         decode, every = ([_perplexity(level, policy), _told_rise(level, dense, policy)] for policy in POLICIES)
         bits = level.scores.get("all", {}).get("bits_per_byte")
         rows.append(
@@ -144,13 +147,13 @@ def _perplexity(level: Level, policy: str) -> str:
     return units.number(None if loss is None else math.exp(min(loss, 700.0)))  # beyond, a float overflows
 
 
-def _rise(level: Level, dense: Level | None, policy: str) -> float | None:
+def _rise(level: Level, dense: Level, policy: str) -> float | None:
     """By what share the perplexity is above that of the dense model."""
-    loss, before = level.loss(policy), dense and dense.loss(policy)
+    loss, before = level.loss(policy), dense.loss(policy)
     return None if loss is None or before is None else math.expm1(min(loss - before, 700.0))
 
 
-def _told_rise(level: Level, dense: Level | None, policy: str) -> str:
+def _told_rise(level: Level, dense: Level, policy: str) -> str:
     return units.percent(None if level is dense else _rise(level, dense, policy), signed=True)
 
 
@@ -197,8 +200,8 @@ def _settings_table(pipeline: Pipeline) -> Table:
 
 def _commands(pipeline: Pipeline) -> list[str]:
     gave = pipeline.stage("serve").gave
+    model, data = shlex.quote(gave["model"]), shlex.quote(pipeline.stage("prepare").gave["path"])
     return [
-        f"raygrow serve {gave['model']} --name {gave['model_id']} --sparsity {gave['sparsity']:g}",
-        f"raygrow evaluate {gave['model']} --data {pipeline.stage('prepare').gave['path']} "
-        f"--sparsity {gave['sparsity']:g}",
+        f"raygrow serve {model} --name {shlex.quote(gave['model_id'])} --sparsity {gave['sparsity']:g}",
+        f"raygrow evaluate {model} --data {data} --sparsity {gave['sparsity']:g}",
     ]

@@ -65,8 +65,9 @@ def draw_loss(axes: Axes, runs: list[Run]) -> None:
     colors = run_colors(runs)
     for run in runs:
         flops, loss = thinned(*run.columns("flops", "loss"))
-        axes.plot(flops, loss, color=colors[run.name], alpha=0.45, linewidth=1)
         curve = validation_curve(run, "flops")
+        label = run.name if curve is None else None
+        axes.plot(flops, loss, color=colors[run.name], alpha=0.45, linewidth=1, label=label)
         if curve is not None:
             axes.plot(curve.cost, curve.loss, color=colors[run.name], label=run.name)
             axes.plot(curve.cost[-1:], curve.loss[-1:], "o", color=colors[run.name], markersize=5)

@@ -61,6 +61,15 @@ def test_a_run_in_progress(pair: tuple[Path, Path], tmp_path: Path):
     assert "in progress" in page
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_run_without_an_evaluation_has_its_name_in_the_legend(pair: tuple[Path, Path], tmp_path: Path):
+    history = pair[1] / "history.jsonl"
+    history.write_text("".join(history.read_text().splitlines(keepends=True)[:3]))
+    page = write_report([pair[1]], tmp_path).read_text()
+    figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert any("demo-scratch" in figure for figure in figures)
+
+
 def test_a_failed_run_gives_its_reason(pair: tuple[Path, Path]):
     reason = "the loss diverged at step 70 <of> target"
     (pair[0] / "summary.json").write_text(json.dumps({"status": "failed", "reason": reason}))

@@ -4,6 +4,8 @@ Training and serving, which take processes of their own, are made up here; test_
 """
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +22,8 @@ from raygrow.nn.config import ModelConfig
 from raygrow.nn.init import init_weights
 from raygrow.nn.rack import Rack
 from raygrow.report.html import write_report
-from raygrow.report.pipeline import STAGES
+from raygrow.report.pipeline import STAGES, load_pipeline
+from raygrow.report.pipeline_summary import summarize_pipeline
 from raygrow.runtime import pipeline as job
 from raygrow.runtime.pipeline_config import AnswerConfig, EvaluateConfig, PipelineConfig, as_tree, read_pipeline
 from raygrow.runtime.stage_work import continue_text
@@ -141,6 +144,27 @@ def test_the_report_says_it_all(config: PipelineConfig, made_up: list[str], tmp_
     assert f"<td>{scores[1]['perplexity'] / scores[0]['perplexity'] - 1:+.1%}</td>".replace("%", " %") in page
     assert (config.root / "pipeline.png").stat().st_size > 10_000
     assert write_report([config.root], tmp_path / "again").read_text().count("<svg") == page.count("<svg") == 5
+
+
+def test_without_the_dense_models_evaluation_there_is_no_rise(
+    config: PipelineConfig, made_up: list[str], tmp_path: Path
+) -> None:
+    job.run_pipeline(config)
+    shutil.rmtree(config.root / "evaluate")
+    page = write_report([config.root], tmp_path / "report").read_text()
+    (table,) = re.findall("<h2>Sparsity</h2>.*?</section>", page, re.DOTALL)
+    assert "<td>0.25</td>" in table
+    assert "<th>rise</th>" not in table  # not that over the lowest level
+    assert "What sparsity costs" not in page
+
+
+def test_commands_of_the_report_can_be_copied(config: PipelineConfig, made_up: list[str], tmp_path: Path) -> None:
+    run = replace(config.run, name="my way", storage_path=str(tmp_path / "all runs"))
+    job.run_pipeline(replace(config, run=run))
+    serve, evaluate = summarize_pipeline(load_pipeline(tmp_path / "all runs/my way")).commands
+    model = str((tmp_path / "all runs/my way/sparsify/model").resolve())
+    assert shlex.split(serve) == ["raygrow", "serve", model, "--name", "my way", "--sparsity", "0.4"]
+    assert shlex.split(evaluate)[2] == model
 
 
 @pytest.mark.parametrize("stage", ["score", "make_sparse", "continue_text", "serve"])
