@@ -70,7 +70,7 @@ def run_pipeline(config: PipelineConfig) -> int:
     code = work.run()
     if code == EXIT_CODES["stopped"]:
         told = f"{config.run.name} was stopped. The same command goes on from what is there: {config.root}"
-        console.print(told, highlight=False, soft_wrap=True)
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     if not work.reported:
         work.report()
     return code
@@ -125,7 +125,7 @@ class _Work:
         self._say(f"report: {page}")
 
     def _do(self, stage: Stage, before: Stage | None, where: str) -> None:
-        self._say(f"[bold]{where}[/]")
+        self._say(where, style="bold")
         anew = not stage.is_finished
         if anew:
             stage.begin(before)
@@ -281,8 +281,8 @@ class _Work:
         with elsewhere(cpus=workers.cpus, use_gpu=use_gpu) as process, progress_bars() as progress:
             return process.call(function, progress=progress, **arguments)
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+    def _say(self, text: str, *, style: str | None = None) -> None:
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -27,6 +27,9 @@ class Stage:
         root: The pipeline's folder.
         settings: What decides what it gives, as a plain tree.
         completed: Gives such a tree that was taken down by an earlier version the keys that have come since.
+
+    Raises:
+        ValueError: If its record is damaged, or holds settings that are gone by now; names it.
     """
 
     def __init__(
@@ -41,7 +44,13 @@ class Stage:
         self._settings = json.loads(json.dumps(settings))  # as it is read again
         self._record: dict[str, Any] = read_json(self._file) if self._file.exists() else {}
         if self._record:
-            self._record["settings"] = completed(name, self._record["settings"])
+            try:
+                self._record["settings"] = completed(name, self._record["settings"])
+            except (KeyError, AttributeError, ValueError) as error:
+                raise ValueError(
+                    f"{self._file}: what the stage was started with cannot be read ({type(error).__name__}: {error}); "
+                    f"choose another `name`, or remove {self.folder} and the folders of the stages after it"
+                ) from error
         self._since = time.monotonic()
 
     @property

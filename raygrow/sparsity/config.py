@@ -145,6 +145,11 @@ def check_model(model: ModelConfig, config: SparsifyConfig, name: str) -> None:
             f"{name}: attention_mode={model.attention_mode}: only a model that generates text has "
             "tokens to decode sparsely"
         )
+    if config.basis != "none" and model.norm != "rmsnorm":
+        raise ValueError(
+            f"{name}: rotation={config.basis}: only rmsnorm is the same in every basis, not {model.norm}; set "
+            "rotation=none, and it is made sparse in its own"
+        )
     target = model if config.basis == "none" else absorbed_config(model, config.basis)
     if config.method == "relu":
         if not model.rectified:

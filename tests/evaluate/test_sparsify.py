@@ -297,7 +297,7 @@ def test_data_has_to_be_named(model_folder: Path, tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"norm": "layernorm"}, "only rmsnorm is the same in every basis, not layernorm"),
+        ({"norm": "layernorm"}, "/m: rotation=global: only rmsnorm is the same in every basis, not layernorm; set"),
         ({"rotation": "block"}, r"is rotated already (rotation=block)"),
         ({"attention_mode": "bidirectional"}, "attention_mode=bidirectional: only a model that generates text"),
     ],

@@ -108,6 +108,23 @@ def record(config: PipelineConfig, stage: str) -> dict[str, Any]:
     return json.loads((config.root / stage / "stage.json").read_text())
 
 
+def test_brackets_in_a_name_are_told_as_they_are(
+    config: PipelineConfig, made_up: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.run_pipeline(replace(config, run=replace(config.run, name="way[red]")))
+    assert "way[red]/report.html" in capsys.readouterr().out
+
+
+def test_a_damaged_record_of_a_stage_is_named(config: PipelineConfig, made_up: list[str]) -> None:
+    job.run_pipeline(config)
+    file = config.root / "sparsify/stage.json"
+    old = record(config, "sparsify")
+    for settings in ({"sparsify": {"gone": 1}}, {"gone": {}}, None):
+        file.write_text(json.dumps(old | {"settings": settings}))
+        with pytest.raises(ValueError, match=r"sparsify/stage\.json"):
+            job.run_pipeline(config)
+
+
 def test_every_stage_is_done_once(
     config: PipelineConfig, made_up: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,7 +325,7 @@ def test_settings_that_cannot_be_are_told_at_once(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"norm": "layernorm"}, "sparsify: rotation='global': only rmsnorm is the same"),
+        ({"norm": "layernorm"}, "sparsify: the finished model: rotation=global: only rmsnorm is .* set rotation=none"),
         ({"vocab_size": 400}, "data.tokenizer.vocab_size=512 is more than model.vocab_size=400"),
     ],
 )
