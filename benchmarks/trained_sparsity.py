@@ -219,7 +219,7 @@ def quality_table(found: dict[str, Any]) -> str:
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """Steps in ms, and how many times as fast as the SwiGLU model's dense ones."""
-    lines = [f"{'arm':16}{'':8}" + "".join(f"{f'batch {count}':>18}" for count in BATCHES)]
+    lines = [f"{'arm':16}{'ms':8}" + "".join(f"{f'batch {count}':>18}" for count in BATCHES)]
     for row in rows:
         cells = [f"{row['ms'][b]:.3f} ({rows[0]['ms'][b] / row['ms'][b]:.2f}x)" for b in BATCHES]
         lines.append(f"{row['arm']:16}{'sparse' if row['sparse'] else 'dense':8}" + "".join(f"{c:>18}" for c in cells))
@@ -267,7 +267,8 @@ def main() -> None:
         rows = []
         for row in measure_speed(known, shape, tokenizer, device):
             rows.append(row)
-            print(f"{row['arm']}, {'sparse' if row['sparse'] else 'dense'}: {row['ms']}", flush=True)
+            told = ", ".join(f"{count}: {ms:.3f}" for count, ms in row["ms"].items())
+            print(f"{row['arm']}, {'sparse' if row['sparse'] else 'dense'}, ms: {told}", flush=True)
         print(speed_table(rows))
         if not smoke:
             print(write_results("trained_sparsity_speed", {"shape": shape, "rows": rows}))

@@ -42,7 +42,7 @@ def sparsify_model(
         FileNotFoundError: If a folder or a file in it is missing.
         ValueError: If the model cannot be made sparse so, the data was prepared with another tokenizer, or is too
             short, there is no such device or it has too little memory, or speed is to be measured of a model without a
-            tokenizer; nothing is written.
+            tokenizer; nothing is written. Also if the engine fails while speed is measured: then the model is there.
         OSError: If the target exists already or cannot be written.
     """
     if target.exists():
