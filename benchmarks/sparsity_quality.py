@@ -146,7 +146,7 @@ def read_corpus(model: Rack, path: Path, sequences: int, validation: int, seq_le
     moments = list(calibrate(model.config, tensors, tokens_BT, device=device, batch_size=batch_size))
     batch = fixed_batch(open_tokens(path, "validation"), validation, seq_len)
     dense: dict[Policy, float] = {
-        policy: policy_loss(model, SparseRows(), batch, policy, batch_size=batch_size)[0] for policy in POLICIES
+        policy: policy_loss(model, SparseRows(), batch, policy, batch_size=batch_size) for policy in POLICIES
     }
     return Corpus(tokens_BT, batch, moments, dense)
 

@@ -115,7 +115,7 @@ class Levels:
         """Nats per token on a text; `choices` of no input are the dense model."""
         self.use(choices)
         self.tokens += batch[0].numel()
-        return policy_loss(self.model, self.rows, batch, policy, batch_size=self.batch_size)[0]
+        return policy_loss(self.model, self.rows, batch, policy, batch_size=self.batch_size)
 
     def made(self, split: Split, sparsity: float) -> Level:
         """The level of a split that drops that much; thresholds are fitted to it."""

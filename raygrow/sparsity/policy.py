@@ -28,8 +28,8 @@ CHUNK = 1024
 
 def policy_loss(
     model: Rack, rows: SparseRows, batch: tuple[Tensor, Tensor], policy: Policy, *, batch_size: int = 8
-) -> tuple[float, int]:
-    """Nats per token of a model under a policy, and how many tokens they are the mean of.
+) -> float:
+    """Nats per token of a model under a policy.
 
     Args:
         model: Sparse, or dense: then the policy only says which targets count.
@@ -41,7 +41,7 @@ def policy_loss(
     counted = under_policy(batch, rows, policy)
     with torch.inference_mode():
         total, count = sum_loss(model, in_pieces(counted, batch_size, model.embedding.weight.device))
-    return total.item() / count, count
+    return total.item() / count
 
 
 def under_policy(batch: tuple[Tensor, Tensor], rows: SparseRows, policy: Policy) -> tuple[Tensor, Tensor]:

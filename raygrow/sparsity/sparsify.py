@@ -171,7 +171,7 @@ def _write_model(
 def _dense_row(folder: ModelFolder, batch: Batch, device: torch.device) -> Row:
     model: Rack = load_model(folder.path, device=device).eval()
     found: dict[Policy, list[float]] = {
-        policy: [policy_loss(model, SparseRows(), sequence, policy)[0] for sequence in _sequences(batch)]
+        policy: [policy_loss(model, SparseRows(), sequence, policy) for sequence in _sequences(batch)]
         for policy in POLICIES
     }
     row = Row(sparsity=0.0, nominal=0.0, skipped=0.0, sequence_losses=found)
