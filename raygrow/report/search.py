@@ -309,8 +309,13 @@ def _contests(trials: Sequence[Trial]) -> tuple[Contest, ...]:
         if trial.run is None or not trial.run.settings:
             continue
         settings = trial.run.settings
-        model, seq_len = ModelConfig(**settings["model"]), settings["train"]["seq_len"]
-        plan = settings["plan"]
+        try:
+            model, seq_len, plan = ModelConfig(**settings["model"]), settings["train"]["seq_len"], settings["plan"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{trial.run.path / 'run.yaml'}: cannot be read ({type(error).__name__}: {error}); was it written by "
+                "another version of raygrow?"
+            ) from error
         tokens, flops = plan.get("tokens"), plan.get("flops")
         budget = flops or (tokens or 0) * training_flops_per_token(model, seq_len) or trial.flops
         if not budget:  # nobody says how long it is to train, and it has not begun to

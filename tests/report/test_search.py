@@ -194,6 +194,16 @@ def test_trials_that_have_just_begun_by_a_plan_of_steps(tmp_path: Path):
     assert "Of 2 trials, 2 are in progress" in answer(tmp_path)
 
 
+def test_settings_of_another_version_are_named(tmp_path: Path):
+    write_search(tmp_path, [write_trial(tmp_path, share=0.08)])
+    (file,) = tmp_path.glob("trials/*/run.yaml")
+    settings = yaml.safe_load(file.read_text())
+    settings["model"]["gone"] = 1
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=r"run\.yaml: cannot be read .*'gone'"):
+        load_search([tmp_path])
+
+
 def test_one_file_says_it_all(seeds: Path, tmp_path: Path):
     report = write_report([seeds], tmp_path)
     page = report.read_text()
