@@ -90,10 +90,12 @@ def evaluate_model(
         FileNotFoundError: If a folder or a file in it is missing.
         ValueError: If a file is damaged, the data was prepared with another tokenizer than the model's, the split is
             shorter than one sequence, a number is out of range, the model was not made for that sparsity, its loss is
-            no number, or there is no such device.
+            no number, or there is no such device or it has too little memory.
     """
     if sequences < 0:
         raise ValueError(f"sequences={sequences}: must be at least 1, or 0 for all")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
     sparsity = sparsity or None  # as the engine has it
     tokens = open_tokens(data_path, "validation")
     if (model_folder / TOKENIZER_FILE).is_file():
@@ -116,7 +118,13 @@ def evaluate_model(
     batch = under_policy(batch, rows, policy)
     logger.info("evaluating %s on %s, %d sequences of %d tokens", model_folder, place, *batch[0].shape)
     started = time.perf_counter()
-    total, count = sum_loss(model, in_pieces(batch, batch_size, place, progress))
+    try:
+        total, count = sum_loss(model, in_pieces(batch, batch_size, place, progress))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"seq_len={seq_len}, batch_size={batch_size}: {place} has too little memory for {model_folder} and as many "
+            "tokens at a time: lower one of them"
+        ) from error
     loss = total.item() / count
     if not math.isfinite(loss):
         raise ValueError(f"{model_folder}: the loss of this model is {loss:g}: look for NaN and inf in its weights")

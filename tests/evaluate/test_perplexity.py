@@ -69,6 +69,7 @@ def test_a_sparsity_of_0_is_none(model_folder: Path, data: Path):
     ("wrong", "message"),
     [
         ({"sequences": -1}, "sequences=-1: must be at least 1, or 0 for all"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"seq_len": 0}, "seq_len=0: this model takes 1 to 48 tokens"),
         ({"seq_len": 49}, "seq_len=49: this model takes 1 to 48 tokens"),
     ],
@@ -76,6 +77,15 @@ def test_a_sparsity_of_0_is_none(model_folder: Path, data: Path):
 def test_numbers_out_of_range_are_named(model_folder: Path, data: Path, wrong: dict[str, int], message: str):
     with pytest.raises(ValueError, match=message):
         evaluate_model(model_folder, data, device="cpu", **wrong)  # type: ignore[arg-type]
+
+
+def test_too_little_memory_says_what_to_lower(model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("raygrow.evaluate.perplexity.sum_loss", full)
+    with pytest.raises(ValueError, match=r"^seq_len=48, batch_size=8: cpu has too little memory for .*model"):
+        evaluate_model(model_folder, data, device="cpu")
 
 
 def test_another_tokenizer_is_refused(model_folder: Path, data: Path):
