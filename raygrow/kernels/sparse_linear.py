@@ -82,14 +82,37 @@ def norm_masked(
 
 def above(x_RD: Tensor, threshold: float, scale: Tensor | None = None) -> Tensor:
     """The rows with zeros in place of entries whose `|x|`, or `|x| * scale`, does not exceed a threshold (TEAL,
-    arXiv 2408.14690).
+    arXiv 2408.14690). What is not a number stays, so that it shows.
 
     Args:
-        x_RD: Rows.
+        x_RD: Rows, contiguous.
         threshold: Of all entries.
         scale: As of `select`.
     """
-    return torch.where(scored(x_RD, scale) > threshold, x_RD, 0)
+    if _on_triton(x_RD):
+        from raygrow.kernels.triton_above import above_triton
+
+        return above_triton(x_RD, threshold, scale)
+    return above_torch(x_RD, threshold, scale)
+
+
+def norm_above(
+    x_RD: Tensor, threshold: float, eps: float, gain_D: Tensor | None = None, scale_D: Tensor | None = None
+) -> Tensor:
+    """`above` of the rows' RMS norm, in one kernel."""
+    if _on_triton(x_RD):
+        from raygrow.kernels.triton_above import above_triton
+
+        return above_triton(x_RD, threshold, scale_D, eps=eps, gain_D=gain_D)
+    return above_torch(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), threshold, scale_D)
+
+
+def above_torch(x_RD: Tensor, threshold: float, scale: Tensor | None = None) -> Tensor:
+    """The torch twin of `above`."""
+    score_RD = scored(x_RD, scale)
+    # of bf16 torch would round the threshold before it compares
+    wide_RD = score_RD.to(torch.promote_types(score_RD.dtype, torch.float32))
+    return torch.where(wide_RD <= threshold, 0, x_RD)
 
 
 def scored(x_RD: Tensor, scale: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ def _entries(x, gain, scale, threshold, k, factor, D: tl.constexpr):
     score_k = tl.abs(x_k) * factor
     if scale is not None:
         score_k *= tl.load(scale + k, mask=real_k, other=0.0).to(tl.float32)
-    return x_k, (score_k > threshold) & real_k
+    return x_k, ((score_k > threshold) | (score_k != score_k)) & real_k  # what is not a number stays, and shows
 
 
 @triton.jit

@@ -12,8 +12,10 @@ from raygrow.kernels import sparse_linear as kernels
 from raygrow.kernels.sparse_linear import (
     Selection,
     above,
+    above_torch,
     masked,
     masked_linear,
+    norm_above,
     norm_masked,
     norm_select,
     scatter,
@@ -109,6 +111,25 @@ def test_a_threshold_keeps_what_exceeds_it() -> None:
         [3.0, 0.0, 0.0, pytest.approx(1.1)],
     ]
     assert torch.equal(above(x_RD.bfloat16(), 1.0, torch.ones(4)), above(x_RD.bfloat16(), 1.0))
+
+
+def test_a_threshold_is_not_rounded() -> None:
+    x_RD = torch.tensor([[0.703125]], dtype=torch.bfloat16)  # what bf16 has nearest to 0.7012
+    assert above(x_RD, 0.7012).item() == 0.703125
+    assert above(x_RD, 0.7032).item() == 0
+
+
+def test_what_is_not_a_number_exceeds_every_threshold() -> None:
+    assert above(torch.tensor([[torch.nan, 0.5, 2.0]]), 1.0).isnan().tolist() == [[True, False, False]]
+
+
+def test_a_norm_comes_before_its_threshold() -> None:
+    x_RD, gain_D = random_rows(3, 64, torch.float32), random_rows(1, 64, torch.float32)[0]
+    normed_RD = F.rms_norm(x_RD, (64,), gain_D, 1e-5)
+    for scale_D in (None, torch.linspace(1, 3, 64)):
+        found_RD = norm_above(x_RD, 0.8, 1e-5, gain_D, scale_D)
+        assert torch.equal(found_RD, above(normed_RD, 0.8, scale_D))
+        assert 0 < found_RD.count_nonzero() < found_RD.numel()
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -247,6 +268,26 @@ class TestKernels:
             true = select_torch(normed_RD, 300, scale_D)
             assert_same(norm_select(x_RD, 300, 1e-5, gain_D, scale_D), true)
             assert torch.equal(norm_masked(x_RD, 300, 1e-5, gain_D, scale_D), scatter(true, 1000))
+
+    @pytest.mark.parametrize("size", [*SIZES, 4096, 11008])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_what_exceeds_a_threshold_is_that_of_the_twin(self, dtype: torch.dtype, size: int) -> None:
+        x_RD = random_rows(3, size, dtype).cuda()
+        x_RD[1, 0] = torch.nan
+        own_RD = random_rows(3, size, torch.float32).abs().cuda()
+        for scale in (None, own_RD[0], own_RD):
+            torch.testing.assert_close(
+                above(x_RD, 0.7, scale), above_torch(x_RD, 0.7, scale), rtol=0, atol=0, equal_nan=True
+            )
+
+    @pytest.mark.parametrize("gain", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_norm_comes_before_its_threshold(self, dtype: torch.dtype, gain: bool) -> None:
+        x_RD, scale_D = random_rows(3, 1000, dtype).cuda(), torch.linspace(1, 3, 1000).cuda()
+        gain_D = random_rows(1, 1000, dtype)[0].cuda() if gain else None
+        normed_RD = norm_above(x_RD, -1.0, 1e-5, gain_D)
+        assert relative_error(normed_RD, F.rms_norm(x_RD, (1000,), gain_D, 1e-5)) < 5e-3
+        assert torch.equal(norm_above(x_RD, 0.7, 1e-5, gain_D, scale_D), above_torch(normed_RD, 0.7, scale_D))
 
     @pytest.mark.parametrize("gated", [False, True])
     @pytest.mark.parametrize("rows", [0, 1, 2, 8, 9])
