@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from raygrow.report import plots, units
 from raygrow.report.pipeline import Level, Pipeline
 from raygrow.report.plots import GROWN, Drawing
-from raygrow.report.summary import Summary, Table, flatten, summarize, without_empty_columns
+from raygrow.report.summary import Summary, summarize
+from raygrow.report.tables import Table, flatten, without_empty_columns
 
 POLICIES = {"decode": "prompts dense", "all": "every token sparse"}
 

@@ -12,7 +12,8 @@ from raygrow.report.search import Contest, Search, Setting
 from raygrow.report.search_plots import TIMING, shown
 from raygrow.report.search_savings import decayed_speedup, gain, speedup
 from raygrow.report.search_tables import BUDGETS, contest_table, many, refit_tables, trials_table, unfinished
-from raygrow.report.summary import Summary, settings_table
+from raygrow.report.summary import Summary
+from raygrow.report.tables import settings_table
 
 
 def summarize_search(search: Search, out: Path) -> Summary:

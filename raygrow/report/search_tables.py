@@ -9,7 +9,7 @@ from raygrow.report.estimate import interval, percents
 from raygrow.report.search import Contest, Search, Setting, timing_point
 from raygrow.report.search_plots import shown
 from raygrow.report.search_savings import gain, speedup
-from raygrow.report.summary import Table, without_empty_columns
+from raygrow.report.tables import Table, without_empty_columns
 
 MEANINGS = {"a": "slope of log10 N", "b": "slope of 1 / log10 C", "c": "constant"}
 

@@ -15,7 +15,8 @@ from raygrow.report.pipeline_summary import summarize_pipeline
 from raygrow.report.runs import load_runs
 from raygrow.report.search import are_searches, load_search
 from raygrow.report.search_summary import summarize_search
-from raygrow.report.summary import Table, summarize
+from raygrow.report.summary import summarize
+from raygrow.report.tables import Table
 
 SHOWN = ("Stages", "Sparsity", "Runs", "Speedup at equal loss", "Growth", "Settings", "The timing formula, refitted")
 """Tables that fit a terminal; the HTML report has all of them."""

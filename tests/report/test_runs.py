@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from raygrow.report.runs import load_run, load_runs
-from raygrow.report.summary import flatten
+from raygrow.report.tables import flatten
 
 
 def test_phases_and_their_costs(pair: tuple[Path, Path]):
