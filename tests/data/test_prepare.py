@@ -143,9 +143,11 @@ def test_corpus_without_two_documents_is_refused(texts: list[str], tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def test_two_documents_make_two_splits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.0001, 0.9999])
+def test_two_documents_make_two_splits(share: float, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    manifest = prepare(FilesCorpus(path=str(tmp_path / "out"), files=str(tmp_path / "a.jsonl")))
+    config = FilesCorpus(path=str(tmp_path / "out"), files=str(tmp_path / "a.jsonl"), validation_share=share)
+    manifest = prepare(config)
     assert [split.documents for split in manifest.splits.values()] == [1, 1]
 
 

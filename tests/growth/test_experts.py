@@ -96,10 +96,18 @@ def test_drop_redraws_the_same_hidden_units_of_gate_up_and_down_and_others_in_ea
         assert torch.equal(experts.down.bias, torch.stack([dense.down.bias] * 4))
 
 
-@pytest.mark.parametrize("router_std", [0, 0.5])
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
-def test_the_gradients_of_all_experts_add_up_to_that_of_the_dense_mlp(mlp, router_std):
-    source, operator = random_rack(tiny(mlp=mlp, mlp_bias=True)), Experts(n_experts=4, router_std=router_std)
+SCALED = {"router_std": 0, "norm_topk_prob": False}
+
+
+@pytest.mark.parametrize(
+    ("mlp", "settings"),
+    [
+        *((mlp, {"router_std": router_std}) for mlp in ("swiglu", "gelu") for router_std in (0, 0.5)),
+        *((mlp, SCALED) for mlp in ("reglu", "relu", "relu2")),  # with these the function is kept
+    ],
+)
+def test_the_gradients_of_all_experts_add_up_to_that_of_the_dense_mlp(mlp, settings):
+    source, operator = random_rack(tiny(mlp=mlp, mlp_bias=True)), Experts(n_experts=4, **settings)
     theirs, ours = gradients(source), gradients(grow_model(source, operator))
     rules = operator.grow(source.config).rules
     m_rules = moment_rules(rules, "exp_avg", "copy")

@@ -61,6 +61,7 @@ def test_exact_operators_keep_the_function_of_a_transformers_model(family, tied)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_config_of_the_grown_model_is_that_of_a_model_built_so(family, tmp_path):
     source = random_model(family, bos_token_id=3, eos_token_id=4)
+    source.generation_config.repetition_penalty = 1.5
     grown = grow_model(grow_model(source, Width(factor=2)), Depth(extra_layers=3))
     wider = {
         "hidden_size": 32,
@@ -73,6 +74,7 @@ def test_the_config_of_the_grown_model_is_that_of_a_model_built_so(family, tmp_p
         assert getattr(grown.config, key) == value
     assert grown.config.head_dim == source.config.head_dim
     assert (grown.config.bos_token_id, grown.config.eos_token_id) == (3, 4)
+    assert grown.generation_config.repetition_penalty == 1.5
     # what is saved opens as what it is
     grown.save_pretrained(tmp_path)
     opened = type(source).from_pretrained(tmp_path)

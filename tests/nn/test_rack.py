@@ -77,6 +77,11 @@ def test_training_flops_are_those_that_torch_counts(model: Rack) -> None:
     assert counter.get_total_flops() == pytest.approx(predicted, rel=0.01)
 
 
+def test_of_causal_attention_half_is_counted(model: Rack) -> None:
+    causal, full = (replace(model.config, attention_mode=mode) for mode in ("causal", "bidirectional"))
+    assert cost.block_flops(causal, 0, 64) == cost.block_flops(full, 0, 32)
+
+
 def test_loss_and_gradients_equal_those_of_full_logits(model: Rack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raygrow.nn.loss.LOGIT_BYTES", 97 * 8 * 5)  # chunks of 5 tokens, the last one shorter
     tokens, targets = torch.randint(0, 97, (2, 2, 16))

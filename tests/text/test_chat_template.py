@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from raygrow.text.chat_template import ChatTemplate
@@ -106,6 +107,17 @@ def test_models_without_a_template_get_a_plain_dialogue(plain: Tokenizer) -> Non
     ids = template.encode([{"role": "user", "content": "<|endoftext|>"}])
     assert plain.eos_id not in ids
     assert "User: <|endoftext|>\n" in plain.decode(ids)
+
+
+def test_a_plain_dialogue_begins_as_the_tokenizer_begins_texts(plain: Tokenizer, tmp_path: Path) -> None:
+    plain.save(tmp_path)
+    backend = Backend.from_file(str(tmp_path / TOKENIZER_FILE))
+    backend.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", plain.eos_id)]
+    )
+    backend.save(str(tmp_path / TOKENIZER_FILE))
+    ids = ChatTemplate(load_tokenizer(tmp_path)).encode(MESSAGES)
+    assert ids == [plain.eos_id, *ChatTemplate(plain).encode(MESSAGES)]
 
 
 def test_settings_without_a_template_that_can_be_taken(plain: Tokenizer, tmp_path: Path) -> None:

@@ -158,6 +158,14 @@ def test_experts_that_are_stored_fused_are_the_same_experts(family, tmp_path):
     assert all(torch.equal(fused[name], tensor) for name, tensor in apart.items())
 
 
+def test_a_converted_model_is_opened_in_its_new_dtype(tmp_path):
+    random_model().save_pretrained(tmp_path / "hf")
+    source = open_folder(tmp_path / "hf")
+    converted = {"format": "hf", "settings": source.settings, "dtype": torch.bfloat16}
+    write_folder(tmp_path / "half", source.config, source.tensors.items(), **converted)
+    assert FAMILIES["llama"][1].from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+
+
 def test_old_and_new_spelling_of_rope_theta():
     old = {**SMALL, "model_type": "llama", "rope_theta": 5e5, "rope_scaling": None}
     new = {**SMALL, "model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
