@@ -110,6 +110,7 @@ def test_python_file_that_is_not_utf8_is_skipped_and_counted_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "good.py").write_text("x = 1\n")
+    (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
     for name in ("bad.py", "worse.py"):
         (tmp_path / name).write_bytes(b"# caf\xe9\n")
     with caplog.at_level(logging.WARNING):

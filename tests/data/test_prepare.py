@@ -114,6 +114,12 @@ def test_validation_text_trains_no_tokenizer(corpus: FilesCorpus) -> None:
     assert load_manifest(corpus.path).tokenizer_sha256 == expected.sha256
 
 
+def test_a_tokenizer_learns_from_no_more_text_than_it_may(corpus: FilesCorpus) -> None:
+    few = replace(corpus, tokenizer=TokenizerConfig(vocab_size=280, train_bytes=1))
+    manifest = prepare(few)
+    assert manifest.tokenizer_sha256 == train_tokenizer(documents(few.path, "train")[:1], 280).sha256
+
+
 def test_large_vocabularies_take_four_bytes(corpus: FilesCorpus, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     train_tokenizer(["text"], 270).save(tmp_path)

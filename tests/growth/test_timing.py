@@ -104,6 +104,7 @@ def test_noise_shows_in_the_standard_errors():
         ([(1e7, 1e18), (1e8, 1e18), (1e9, 1e18)], ("a", "c"), 2),
         ([(1e7, 1e17), (1e9, 1e20)], ("c",), 2),  # N and C together: either could be the cause
         ([(10 ** (40 / x), 10.0**x) for x in (17, 18, 20)], ("c",), 2),  # log N follows 1 / log C
+        ([(1e8, 1e18), (2e8, 4e18), (4e8, 1.6e19)], ("c",), 3),  # nearly so
     ],
 )
 def test_what_the_points_do_not_determine_stays_as_published(pairs, fitted, rank):

@@ -16,6 +16,10 @@ def test_bytes_of_tokens_join_to_the_text() -> None:
     assert b"".join(map(bytes_of, ids)) == TEXT.encode()
     assert bytes_of(tokenizer.eos_id) == END_OF_TEXT.encode()
     assert bytes_of(10**6) == b""
+    backend = Backend.from_str(tokenizer.file(TOKENIZER_FILE) or "")
+    backend.add_special_tokens(["<\u00fcber>"])  # not in the alphabet of bytes, though it has a letter of it
+    added = Tokenizer({TOKENIZER_FILE: backend.to_str().encode()})
+    assert TokenBytes(added)(added.special_tokens["<\u00fcber>"]) == "<\u00fcber>".encode()
     assert sorted(byte_alphabet().values()) == [bytes([byte]) for byte in range(256)]
 
 

@@ -44,6 +44,14 @@ def test_it_is_another_when_any_matrix_is(kind: str, tmp_path: Path) -> None:
     assert len(found) == 1 + len(list(model.parameters()))
 
 
+@torch.no_grad()
+def test_it_is_another_when_only_the_end_of_a_matrix_is(tmp_path: Path) -> None:
+    model = random_rack(tiny(), torch.float32)
+    before = stored(tmp_path / "before", model)
+    model.embedding.weight[-1].mul_(1.02)
+    assert stored(tmp_path / "after", model) != before
+
+
 def test_it_is_another_of_another_shape(tmp_path: Path) -> None:
     found = {stored(tmp_path / str(d_ff), random_rack(tiny(d_ff=d_ff), torch.float32)) for d_ff in (20, 24)}
     assert len(found) == 2
