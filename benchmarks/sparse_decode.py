@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["grouped", "rotated_teal", "rotated_wina"])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     arguments = parser.parse_args()
+    if not (CUDA or arguments.smoke):
+        parser.error("a GPU is needed to measure anything; --smoke runs all of it tiny, on a CPU too")
     config = SMOKE if arguments.smoke else SEVEN
     rate = copy_bytes_per_second(DEVICE) if CUDA else 1e11
     print(f"a large copy: {rate / 1e12:.2f} TB/s, read and written")
@@ -88,7 +90,8 @@ def products(config: ModelConfig, name: Input, levels: list[float], rate: float)
     def row(way: str, share: float, rows: int, product: Callable[[int], object]) -> dict[str, Any]:
         us = 1e3 * milliseconds(lambda: [product(block) for block in range(config.n_blocks)]) / config.n_blocks
         floor = 1e6 * 2 * size * features * (1 - share) / rate
-        print(f"{name:<10}{rows} rows  drops {share:.2f}  {way:<10}{us:8.1f} us, floor {floor:6.1f}")
+        told = f"{us:8.1f} us, floor {floor:6.1f}" if us else "runs"
+        print(f"{name:<10}{rows} rows  drops {share:.2f}  {way:<10}{told}")
         return {"input": name, "way": way, "rows": rows, "dropped": share, "us": us, "floor_us": floor}
 
     yield row("dense", 0.0, 1, lambda block: row_linear(x_1D, weights_FD[block], around))
@@ -141,8 +144,8 @@ def steps(
 
     def row(method: str, sparsity: float, ms: float, dense: float) -> dict[str, Any]:
         floor = 1e3 * (head + blocks * (1 - sparsity)) / rate
-        told = f"{rows} rows  {method:<13} {sparsity:.2f}  {ms:7.3f} ms, {floor / ms if ms else 0:.1%} of the floor"
-        print(f"{told}, {dense / ms if ms else 0:.3f} times as fast as dense")
+        told = f"{ms:7.3f} ms, {floor / ms:.1%} of the floor, {dense / ms:.3f} times as fast as dense" if ms else "runs"
+        print(f"{rows} rows  {method:<13} {sparsity:.2f}  {told}")
         return {"rows": rows, "method": method, "sparsity": sparsity, "ms": ms, "floor_ms": floor, "dense_ms": dense}
 
     dense = step_ms(join(random_model(config, DEVICE)), rows)

@@ -189,7 +189,7 @@ def sparse_model(kind: str, config: ModelConfig, trained: Any, device: torch.dev
     """The same model, sparse; what its engine has to know of rows, and what is really left out."""
     model = dense_model(kind, config, trained, device)[0]
     if kind == "swiglu":
-        rows, skipped = make_sparse(model, "rotated_wina", SPEED_LEVEL)
+        rows, skipped = make_sparse(model, "rotated_teal", SPEED_LEVEL)
         return model, rows, {"skipped": skipped}
     prompts = torch.randint(0, 300, (max(BATCHES), 32), generator=torch.Generator().manual_seed(1))
     really = activity(model, prompts.to(device))
@@ -250,7 +250,7 @@ def main() -> None:
         found: dict[str, Any] = {}
         for name, folder in folders.items():
             is_rectified = name != "swiglu"
-            methods = {"relu": None} if is_rectified else {"rotated_wina": LEVELS, "larosa": LEVELS}
+            methods = {"relu": None} if is_rectified else {"rotated_teal": LEVELS, "larosa": LEVELS}
             split = {"split": "ratio"} if smoke and not is_rectified else {}
             rows = sparse_rows(folder, bench.data, methods, sizes | split)
             model = load_model(folder, device=device).eval() if is_rectified else None

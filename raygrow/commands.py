@@ -94,7 +94,9 @@ def timing(parsed: argparse.Namespace) -> int:
     argument("--data", "folder of prepared data", type=Path, required=True),
     argument("--sequences", "sequences to score; 0 is all", type=int, default=0),
     argument(
-        "--seq-len", "tokens per sequence (default: the run's training length, else the model's maximum)", type=int
+        "--seq-len",
+        "tokens per sequence (default: the run's training length, else what the model takes, 2048 at most)",
+        type=int,
     ),
     argument("--sparsity", "one of the levels in the folder's sparsity.json (default: dense)", type=float),
     argument(
@@ -146,8 +148,8 @@ def sparsify(parsed: argparse.Namespace) -> int:
     the train split of prepared data, turns it into a basis in which little is lost, searches how much to drop where,
     and measures what it costs on the validation split: the card is README.md, the plan sparsity.json.
 
-    Settings: data (required), sparsity (0.25, 0.4 and 0.5), method (rotated_wina, rotated_teal, grouped, larosa, wina,
-    teal, topk, relu), rotation (auto, none, global, block), split (search, ratio, uniform), sequences, seq_len,
+    Settings: data (required), sparsity (0.25, 0.4 and 0.5), method (rotated_teal, rotated_wina, grouped, larosa, teal,
+    wina, topk, relu), rotation (auto, none, global, block), split (search, ratio, uniform), sequences, seq_len,
     search_sequences, evaluate_sequences, batch_size, device, speed. See docs/sparsity.md.
 
     Examples:
@@ -156,7 +158,7 @@ def sparsify(parsed: argparse.Namespace) -> int:
       raygrow sparsify models/llama models/sparse data=data/mine 'sparsity=[0.4,0.5,0.75]' sequences=32 seq_len=2048
       raygrow sparsify models/llama models/larosa data=data/mine method=larosa          a basis per block, with adapters
       raygrow sparsify models/llama models/teal data=data/mine method=teal split=uniform
-      raygrow sparsify models/llama models/rotated data=data/mine method=rotated_teal      a threshold for every input
+      raygrow sparsify models/llama models/counted data=data/mine method=rotated_wina      as many of every token
     """
     from raygrow.config import build
     from raygrow.evaluate.sparsify import sparsify_model

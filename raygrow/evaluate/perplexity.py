@@ -25,6 +25,9 @@ from raygrow.weights.folder import load_model, open_folder
 
 logger = logging.getLogger(__name__)
 
+LONGEST = 2048
+"""Tokens of a sequence when nobody says; some models take 64 times as many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
@@ -78,7 +81,7 @@ def evaluate_model(
         model_folder: A raygrow or Hugging Face model folder.
         data_path: A folder of prepared data.
         sequences: How many, from the start of the split; 0 takes all.
-        seq_len: Tokens in each; the model's `max_seq_len` when not given.
+        seq_len: Tokens in each; what the model takes when not given, `LONGEST` at most.
         batch_size: Sequences in one forward pass.
         sparsity: A level of a model that has been made sparse; it runs dense when not given, or 0.
         policy: Which tokens count, and are sparse if any are: of `decode` the second half of each sequence. When not
@@ -110,7 +113,7 @@ def evaluate_model(
             f"{model_folder} knows {model.config.vocab_size} tokens, but {data_path} was prepared with a tokenizer of "
             f"{tokens.manifest.vocab_size}: prepare the data with the model's own tokenizer"
         )
-    seq_len = model.config.max_seq_len if seq_len is None else seq_len
+    seq_len = min(model.config.max_seq_len, LONGEST) if seq_len is None else seq_len
     if not 1 <= seq_len <= model.config.max_seq_len:
         raise ValueError(f"seq_len={seq_len}: this model takes 1 to {model.config.max_seq_len} tokens")
     batch = fixed_batch(tokens, sequences, seq_len)

@@ -8,6 +8,7 @@ import torch
 
 from raygrow.data.sampler import fixed_batch
 from raygrow.data.shards import Tokens, check_tokenizer, open_tokens
+from raygrow.evaluate.perplexity import LONGEST
 from raygrow.evaluate.record import commit, versions
 from raygrow.evaluate.speed import decode_speeds, hardware
 from raygrow.nn.config import ModelConfig
@@ -21,9 +22,6 @@ from raygrow.weights.atomic import replace_file
 from raygrow.weights.folder import ModelFolder, open_folder
 
 logger = logging.getLogger(__name__)
-
-LONGEST = 2048
-"""Tokens of a calibration sequence when nobody says."""
 
 
 def sparsify_model(
@@ -68,7 +66,7 @@ def sparsify_model(
         ) from error
     if config.speed:
         found = decode_speeds(target, made.plan.levels, texts.validation[0][0].tolist(), device=config.device)
-        replace_file(target / CARD_FILE, (target / CARD_FILE).read_text() + "\n" + found.told())
+        replace_file(target / CARD_FILE, (target / CARD_FILE).read_text(encoding="utf-8") + "\n" + found.told())
         logger.info("how fast it decodes:\n%s", found.told())
     return made
 

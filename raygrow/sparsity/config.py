@@ -29,7 +29,7 @@ class SparsifyConfig:
     sparsity: float | tuple[float, ...] | None = None
     """Shares of the Blocks' weights that a token is not to multiply by; a level for each, LEVELS when not given. Not
     for method `relu`, which has one level, what the model does by itself, under its own share."""
-    method: Method = "rotated_wina"
+    method: Method = "rotated_teal"
     """Which entries are kept, see `sparsity/methods.py`."""
     rotation: Literal["auto", "none", "global", "block"] = "auto"
     """The basis: the model's own, one for the whole model, or one for each Block, with adapters; `auto` is the

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from raygrow.kernels.group_select import Groups, Listed, list_groups
 from raygrow.kernels.list_linear import list_linear
 from raygrow.kernels.row_linear import Around
-from raygrow.kernels.sparse_linear import Selection, masked_linear, norm_masked, norm_select, select, sparse_linear
+from raygrow.kernels.sparse_linear import (
+    Selection,
+    masked_linear,
+    norm_above,
+    norm_masked,
+    norm_select,
+    select,
+    sparse_linear,
+)
 from raygrow.kernels.threshold_linear import threshold_linear
 from raygrow.nn.joined import joined_bias, with_norm
 from raygrow.nn.linear import constant
@@ -131,9 +139,12 @@ def selected(x_RD: Tensor, selector: Selector, norm: nn.Module | None = None) ->
 def only_kept(x_BTD: Tensor, rows: slice, selector: Selector, norm: nn.Module | None = None) -> Tensor:
     """All tokens, normed where they are to be; sparse ones with zeros in the place of what they drop."""
     choice, whole = selector.choice, rows == slice(0, x_BTD.shape[1])
-    if whole and selector.lists and isinstance(norm, nn.RMSNorm) and norm.eps is not None:
-        x_RD = x_BTD.flatten(0, 1).contiguous()
-        return norm_masked(x_RD, choice.keep, norm.eps, norm.weight, selector.scale_D).view_as(x_BTD)
+    if whole and isinstance(norm, nn.RMSNorm) and norm.eps is not None:
+        x_RD, around = x_BTD.flatten(0, 1).contiguous(), (norm.eps, norm.weight, selector.scale_D)
+        if selector.lists:
+            return norm_masked(x_RD, choice.keep, *around).view_as(x_BTD)
+        if choice.threshold is not None and not selector.watched:
+            return norm_above(x_RD, choice.threshold, *around).view_as(x_BTD)
     if norm is not None:
         x_BTD = norm(x_BTD)
     if not selector.drops or rows.start == rows.stop:

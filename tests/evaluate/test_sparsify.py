@@ -101,8 +101,11 @@ def test_a_result_is_told_once(
 @pytest.mark.parametrize(
     ("settings", "calibrated"),
     [
-        ({"search_sequences": 2}, "the bases on 4 sequences, splits are tried out on 2 sequences of 24 tokens"),
-        ({"split": "uniform"}, "the bases on 4 sequences of 24 tokens"),
+        (
+            {"search_sequences": 2},
+            "the bases and the thresholds on 4 sequences, splits are tried out on 2 sequences of 24 tokens",
+        ),
+        ({"split": "uniform", "method": "rotated_wina"}, "the bases on 4 sequences of 24 tokens"),
         (
             {"split": "uniform", "search_sequences": 2, "method": "teal"},
             "the thresholds on 4 sequences, their common factor on 2 sequences of 24 tokens",
@@ -241,7 +244,10 @@ def test_an_export_whose_plan_cannot_be_copied_leaves_nothing(model_folder: Path
         (["colour=red"], "colour"),
         (["method=relu", "sparsity=0.9"], "sparsity=0.9: method=relu drops what is zero in every case"),
         (["method=relu", "split=search"], "split=search: method=relu drops what is zero in every case"),
-        (["split=uniform", "search_sequences=2"], "search_sequences=2: with split=uniform, method=rotated_wina tries"),
+        (
+            ["method=topk", "split=uniform", "search_sequences=2"],
+            "search_sequences=2: with split=uniform, method=topk tries",
+        ),
         (["sequences=4", "search_sequences=100"], "search_sequences=100: they are the first of the calibration text"),
         (["data=2024"], "2024: no prepared data here"),
         (["data=007"], "007: no prepared data here"),

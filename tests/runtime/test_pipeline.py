@@ -263,7 +263,7 @@ def test_a_setting_that_has_come_since_has_its_default(config: PipelineConfig, m
 
 def test_stages_that_are_removed_are_done_again(config: PipelineConfig, made_up: list[str]) -> None:
     job.run_pipeline(config)
-    changed = replace(config, sparsify=replace(SPARSIFY, method="topk"))
+    changed = replace(config, sparsify=replace(SPARSIFY, method="topk", search_sequences=None))
     shutil.rmtree(config.root / "sparsify")
     with pytest.raises(ValueError, match=r"serve was made after a stage sparsify that is gone: remove it too"):
         job.run_pipeline(changed)
@@ -296,7 +296,7 @@ def with_steps(plan: PlanConfig, steps: int) -> PlanConfig:
         ("sparsify", {"seq_len": 65}, "sparsify: seq_len=65: this model takes 2 to 64 tokens"),
         (
             "sparsify",
-            {"sequences": 1, "seq_len": 8},
+            {"sequences": 1, "seq_len": 8, "search_sequences": None},
             "sparsify: sequences=1, seq_len=8: fewer tokens than d_model=16",
         ),
         ("serve", {"engine_kwargs": EngineConfig(sparsity=0.3)}, "sparsity=0.3: the model is made for .*0.25, 0.4"),
