@@ -51,18 +51,25 @@ def grow(parsed: argparse.Namespace) -> int:
     from raygrow.growth.folder import grow_folder
     from raygrow.growth.operator import GrowthConfig
     from raygrow.runtime.progress import progress_bars
+    from raygrow.sparsity.plan import PLAN_FILE
     from raygrow.weights.folder import Format
 
     settings = dict(map(_setting, parsed.settings))
     format: Format | None = build(Format | None, settings.pop("format", None), "format")
     operator: GrowthConfig = build(GrowthConfig, settings)
+    source = _model_folder(parsed.model)
     with progress_bars() as progress:
-        summary = grow_folder(_model_folder(parsed.model), parsed.target, operator, format=format, progress=progress)
+        summary = grow_folder(source, parsed.target, operator, format=format, progress=progress)
     (blocks, grown_blocks), (parameters, grown_parameters) = summary["n_blocks"], summary["parameters"]
     print(
         f"{parsed.target} ({summary['model_type']}): {blocks} -> {grown_blocks} blocks, "
         f"{parameters:,} -> {grown_parameters:,} parameters, {summary['seconds']:.1f} s"
     )
+    if (source / PLAN_FILE).exists():
+        print(
+            f"{parsed.target} is dense: {PLAN_FILE} of {source} is for its own weights. For a sparse model grow the one "
+            "that it was made from, then sparsify that"
+        )
     return 0
 
 

@@ -283,6 +283,13 @@ def test_grow_by_every_operator(
     assert {name: getattr(config, name) for name in grown} == grown
 
 
+def test_a_grown_sparse_model_is_dense_and_says_so(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (small / "sparsity.json").write_text("{}")
+    assert main(["grow", str(small), "big", "operator=gstack"]) == 0
+    assert f"big is dense: sparsity.json of {small} is for its own weights" in capsys.readouterr().out
+    assert not Path("big/sparsity.json").exists()
+
+
 def test_a_format_that_cannot_hold_the_grown_model_is_named(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["operator=experts", "norm_topk_prob=false", "format=hf"]
     assert "norm_topk_prob=False: a Hugging Face Mixtral" in failed(capsys, "grow", str(small), "big", *words)

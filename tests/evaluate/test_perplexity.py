@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from raygrow.data.shards import open_tokens
+from raygrow.evaluate import perplexity
 from raygrow.evaluate.perplexity import evaluate_model
 from raygrow.evaluate.unigram import token_counts, unigram_loss
 from raygrow.nn.config import ModelConfig
@@ -49,6 +50,13 @@ def test_the_record_says_what_was_measured(model_folder: Path, data: Path):
     with (model_folder / "config.json").open("a") as file:
         file.write("\n")
     assert evaluate_model(model_folder, data, device="cpu").model_sha256 != first["model_sha256"]
+
+
+def test_a_model_of_long_sequences_is_scored_on_shorter_ones(
+    model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(perplexity, "LONGEST", 32)
+    assert evaluate_model(model_folder, data, sequences=2).seq_len == 32
 
 
 def test_a_model_without_numbers_is_named(config: ModelConfig, data: Path, tmp_path: Path):
