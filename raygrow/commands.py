@@ -67,8 +67,8 @@ def grow(parsed: argparse.Namespace) -> int:
     )
     if (source / PLAN_FILE).exists():
         print(
-            f"{parsed.target} is dense: {PLAN_FILE} of {source} is for its own weights. For a sparse model grow the one "
-            "that it was made from, then sparsify that"
+            f"{parsed.target} is dense: {PLAN_FILE} of {source} is for its own weights. For a sparse model grow the "
+            "one that it was made from, then sparsify that"
         )
     return 0
 
