@@ -90,7 +90,7 @@ def above(x_RD: Tensor, threshold: float, scale: Tensor | None = None) -> Tensor
         scale: As of `select`.
     """
     if _on_triton(x_RD):
-        from raygrow.kernels.triton_above import above_triton
+        from raygrow.kernels.triton_select import above_triton
 
         return above_triton(x_RD, threshold, scale)
     return above_torch(x_RD, threshold, scale)
@@ -101,7 +101,7 @@ def norm_above(
 ) -> Tensor:
     """`above` of the rows' RMS norm, in one kernel."""
     if _on_triton(x_RD):
-        from raygrow.kernels.triton_above import above_triton
+        from raygrow.kernels.triton_select import above_triton
 
         return above_triton(x_RD, threshold, scale_D, eps=eps, gain_D=gain_D)
     return above_torch(F.rms_norm(x_RD, x_RD.shape[1:], gain_D, eps), threshold, scale_D)

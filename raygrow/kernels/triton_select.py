@@ -1,4 +1,5 @@
-"""Triton kernels behind the selections of `kernels/sparse_linear.py`: one program finds a row's largest entries.
+"""Triton kernels behind the selections of `kernels/sparse_linear.py`: one program finds a row's largest entries, or
+drops those that exceed no threshold.
 
 The bits of sizes sort as the sizes do, so the keep-th largest is found by search over bits: a round counts how many
 entries reach two probes, which leaves a third of the range. The row stays in registers throughout. Then one running
@@ -29,6 +30,16 @@ def _keys(score):
 
 
 @triton.jit
+def _normed(x_d, gain, d, real_d, eps, D: tl.constexpr):
+    """A row's RMS norm, rounded to its type."""
+    wide_d = x_d.to(tl.float32)
+    wide_d = wide_d * tl.rsqrt(tl.sum(wide_d * wide_d, 0) / D + eps)
+    if gain is not None:
+        wide_d *= tl.load(gain + d, mask=real_d, other=0.0).to(tl.float32)
+    return wide_d.to(x_d.dtype)
+
+
+@triton.jit
 def _kth_largest(key_D, keep, BITS: tl.constexpr):
     """The largest key that at least `keep` entries reach."""
     low, high = 0, (1 << (BITS - 1)) - 1 + (1 << (BITS - 1))  # all reach the one, none the other
@@ -56,11 +67,7 @@ def _select(
     real_d = d < D
     x_d = tl.load(x + row * D + d, mask=real_d, other=0.0)
     if NORM:
-        wide_d = x_d.to(tl.float32)
-        wide_d = wide_d * tl.rsqrt(tl.sum(wide_d * wide_d, 0) / D + eps)
-        if gain is not None:
-            wide_d *= tl.load(gain + d, mask=real_d, other=0.0).to(tl.float32)
-        x_d = wide_d.to(x.dtype.element_ty)
+        x_d = _normed(x_d, gain, d, real_d, eps, D)
     if scale is None:
         key_d = _keys(x_d)
     else:
@@ -84,6 +91,22 @@ def _select(
         tl.store(value + row * keep + place_d, x_d, mask=kept_d)
     if dense is not None:
         tl.store(dense + row * D + d, tl.where(kept_d, x_d, 0.0), mask=real_d)
+
+
+@triton.jit
+def _above(
+    x, scale, gain, out, threshold, eps, scale_stride, D: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    real_d = d < D
+    x_d = tl.load(x + row * D + d, mask=real_d, other=0.0)
+    if NORM:
+        x_d = _normed(x_d, gain, d, real_d, eps, D)
+    score_d = tl.abs(x_d.to(tl.float32))
+    if scale is not None:
+        score_d *= tl.load(scale + row * scale_stride + d, mask=real_d, other=0.0).to(tl.float32)
+    tl.store(out + row * D + d, tl.where(score_d <= threshold, 0.0, x_d), mask=real_d)
 
 
 def select_triton(
@@ -121,6 +144,29 @@ def masked_triton(
     """Same contract as `masked`, and with `eps` as `norm_masked`. Arguments as of `select_triton`."""
     out_RD = torch.empty_like(x_RD)
     _launch(x_RD, keep, scale_D, eps, gain_D, None, None, out_RD)
+    return out_RD
+
+
+def above_triton(
+    x_RD: Tensor,
+    threshold: float,
+    scale: Tensor | None = None,
+    *,
+    eps: float | None = None,
+    gain_D: Tensor | None = None,
+) -> Tensor:
+    """Same contract as `above`, and with `eps` as `norm_above`."""
+    assert x_RD.is_contiguous(), "rows must be contiguous"
+    assert scale is None or scale.is_contiguous(), "scales must be contiguous"
+    rows, size = x_RD.shape
+    out_RD = torch.empty_like(x_RD)
+    if rows:
+        block = triton.next_power_of_2(size)
+        _above[(rows,)](
+            x_RD, scale, gain_D, out_RD, threshold, 0.0 if eps is None else eps,
+            size if scale is not None and scale.dim() == 2 else 0,
+            D=size, BLOCK_D=block, NORM=eps is not None, num_warps=min(max(block // 512, 1), 16),
+        )  # fmt: skip
     return out_RD
 
 
