@@ -28,20 +28,23 @@ def command() -> str:
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
-def write_results(name: str, content: dict[str, Any]) -> Path:
-    """Writes `results/<name>.json`: the figures and all that is needed to get them again.
+def origin(command: str) -> dict[str, Any]:
+    """All that is needed to get figures again.
 
     The commit is read from the environment (COMMIT) on a machine that has the files but not their history.
     """
-    row = {
-        "benchmark": name,
+    return {
         "date": time.strftime("%Y-%m-%d"),
-        "command": command(),
+        "command": command,
         "commit": os.environ.get("COMMIT") or commit(),
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions()},
-        **content,
     }
+
+
+def write_results(name: str, content: dict[str, Any]) -> Path:
+    """Writes `results/<name>.json`: the figures, and what is needed to get them again."""
+    row = {"benchmark": name, **origin(command()), **content}
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps(row, indent=2) + "\n")

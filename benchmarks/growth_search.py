@@ -2,13 +2,17 @@
 
 12 blocks of d 512 (39M parameters in blocks) on the Python source of the machine's installed packages, 16k vocabulary,
 33k tokens a step. Every search is a command that can be typed; trials share their trunks, and a search that is stopped
-goes on.
+goes on. One that has ended is kept, and not run again.
 """
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from common import origin
+from kept_search import keep, restore
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACES = Path(__file__).resolve().parent / "spaces"
@@ -35,10 +39,12 @@ class Bench:
         folder: Holds data, searches and logs.
         smoke: Tiny models on little data.
         per_gpu: Trials that share a GPU, but for a smoke run.
+        kept: Where searches are kept that have ended, `folder/kept` for a smoke run.
     """
 
-    def __init__(self, folder: Path, *, smoke: bool, per_gpu: int) -> None:
+    def __init__(self, folder: Path, *, smoke: bool, per_gpu: int, kept: Path | None = None) -> None:
         self.folder = folder / "smoke" if smoke else folder
+        self._kept = self.folder / "kept" if smoke or kept is None else kept
         self.data = self.folder / "python"
         data = [*(SMOKE_DATA if smoke else DATA), f"data.path={self.data}"]
         self._prepare = ["jobs/prepare_data.py", "data=python_source", *data]
@@ -46,14 +52,23 @@ class Bench:
         self._settings.append("space.trial.gpus=auto" if smoke or per_gpu == 1 else f"space.trial.gpus={1 / per_gpu:g}")
         self.commands: dict[str, str] = {}
         """Every command that was run, by the name of its log."""
+        self.origins: dict[str, dict[str, Any]] = {}
+        """Where and how every search was run, here or elsewhere."""
 
     def prepare(self) -> None:
         """Tokenizes the corpus, where that has not been done."""
         self._run("prepare", self._prepare)
 
+    def restore(self) -> None:
+        """Brings back what is kept, so that later searches can be told what it has found."""
+        self.origins |= {file.stem: restore(file, self.folder / file.stem) for file in sorted(self._kept.glob("*.zip"))}
+
     def search(self, name: str, space: str, *words: str) -> Path:
-        """Runs a search to its end, or on to it. Returns its folder."""
-        self._run(name, ["jobs/tune.py", f"name={name}", f"space={SPACES / space}.yaml", *self._settings, *words])
+        """Runs a search to its end, or on to it, unless it is kept already. Returns its folder."""
+        if name not in self.origins:
+            self._run(name, ["jobs/tune.py", f"name={name}", f"space={SPACES / space}.yaml", *self._settings, *words])
+            self.origins[name] = origin(self.commands[name])
+            keep(self.folder / name, self._kept / f"{name}.zip", self.origins[name])
         return self.folder / name
 
     def train(self, name: str, *words: str) -> Path:

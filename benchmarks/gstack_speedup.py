@@ -14,7 +14,10 @@ they lag; when and by how much to grow, growth in two steps, and in width and th
 both arms' learning rates for either reading. The final runs, on seeds that the search has not used: each arm at the
 learning rate that was best for a reading; and at the search's own budget the winner beside a base of a quarter of the
 depth, stacked when the published formula says, and beside stacking a random one (d = 0).
-Cost: 60M tokens of the target take about 65 s of an H200. The search takes 80 minutes, the final runs 70.
+Cost: 60M tokens of the target take about 65 s of an H200. The search takes 80 minutes, the final runs 70. Each stage
+that has ended is kept in results/gstack_speedup/ and not run again, so that stages may run on several machines, one
+after the other, that have the same packages installed. Remove its file and its folder to run it
+again.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from common import write_results
+from common import RESULTS, write_results
 from growth_search import Bench
 from gstack_stages import AT_LENGTH, DECAY_KEY, FINALS, READINGS, SEARCHES, best_of, stage_words
 
@@ -49,7 +52,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "growth_search")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
-    bench = Bench(arguments.folder, smoke=arguments.smoke, per_gpu=arguments.per_gpu)
+    kept = RESULTS / "gstack_speedup"
+    bench = Bench(arguments.folder, smoke=arguments.smoke, per_gpu=arguments.per_gpu, kept=kept)
+    bench.restore()
     bench.prepare()
     for name, plan in SEARCHES.items():
         if {name, "search"} & {*arguments.stages}:
@@ -84,7 +89,7 @@ def report_finals(bench: Bench, *, smoke: bool) -> None:
     print_tables(rows, readings)
     draw(constant, decayed, bench.folder / PLOT.name if smoke else PLOT)
     if not smoke:
-        content = {"rows": rows, "readings": readings, "commands": bench.commands}
+        content = {"rows": rows, "readings": readings, "stages": bench.origins}
         print(f"written to {write_results('gstack_speedup', content)}")
 
 
