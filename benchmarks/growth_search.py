@@ -5,6 +5,7 @@
 goes on. One that has ended is kept, and not run again.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,10 @@ SMOKE = [
 """Stand in for the settings above where they are given after them."""
 
 
+PLACES = "data.path=", "storage_path="
+"""What a machine's own settings begin with."""
+
+
 class Bench:
     """Runs a benchmark's commands.
 
@@ -39,12 +44,12 @@ class Bench:
         folder: Holds data, searches and logs.
         smoke: Tiny models on little data.
         per_gpu: Trials that share a GPU, but for a smoke run.
-        kept: Where searches are kept that have ended, `folder/kept` for a smoke run.
+        kept: Where searches are kept that have ended, if they are; in `folder/kept` for a smoke run.
     """
 
     def __init__(self, folder: Path, *, smoke: bool, per_gpu: int, kept: Path | None = None) -> None:
         self.folder = folder / "smoke" if smoke else folder
-        self._kept = self.folder / "kept" if smoke or kept is None else kept
+        self._kept = kept and (self.folder / "kept" if smoke else kept)
         self.data = self.folder / "python"
         data = [*(SMOKE_DATA if smoke else DATA), f"data.path={self.data}"]
         self._prepare = ["jobs/prepare_data.py", "data=python_source", *data]
@@ -61,15 +66,26 @@ class Bench:
 
     def restore(self) -> None:
         """Brings back what is kept, so that later searches can be told what it has found."""
-        self.origins |= {file.stem: restore(file, self.folder / file.stem) for file in sorted(self._kept.glob("*.zip"))}
+        for file in sorted(self._kept.glob("*.zip")) if self._kept else ():
+            self.origins[file.stem] = restore(file, self.folder / file.stem)
 
     def search(self, name: str, space: str, *words: str) -> Path:
         """Runs a search to its end, or on to it, unless it is kept already. Returns its folder."""
-        if name not in self.origins:
-            self._run(name, ["jobs/tune.py", f"name={name}", f"space={SPACES / space}.yaml", *self._settings, *words])
-            self.origins[name] = origin(self.commands[name])
-            keep(self.folder / name, self._kept / f"{name}.zip", self.origins[name])
-        return self.folder / name
+        file, folder = SPACES / f"{space}.yaml", self.folder / name
+        words = (f"name={name}", f"space={file.relative_to(ROOT)}", *self._settings, *words)
+        # the same on every machine
+        told = " ".join(["python jobs/tune.py", *(word for word in words if not word.startswith(PLACES))])
+        asked = {"command": told, "space": file.read_text()}
+        if name in self.origins:
+            if {key: self.origins[name][key] for key in asked} != asked:
+                raise SystemExit(f"{name} is kept in {self._kept}, but was another search: remove it to run this one")
+            return folder
+        self._run(name, ["jobs/tune.py", *words])
+        self.origins[name] = origin(told) | asked
+        failed = any(trial["status"] == "failed" for trial in json.loads((folder / "results.json").read_text()))
+        if self._kept and not failed:  # failed trials are tried again
+            keep(folder, self._kept / f"{name}.zip", self.origins[name])
+        return folder
 
     def train(self, name: str, *words: str) -> Path:
         """Trains by a plan. Returns the run's folder."""

@@ -15,9 +15,8 @@ both arms' learning rates for either reading. The final runs, on seeds that the 
 learning rate that was best for a reading; and at the search's own budget the winner beside a base of a quarter of the
 depth, stacked when the published formula says, and beside stacking a random one (d = 0).
 Cost: 60M tokens of the target take about 65 s of an H200. The search takes 80 minutes, the final runs 70. Each stage
-that has ended is kept in results/gstack_speedup/ and not run again, so that stages may run on several machines, one
-after the other, that have the same packages installed. Remove its file and its folder to run it
-again.
+that has ended is kept in results/gstack_speedup/ and not run again: stages may run on several machines, one after the
+other, that have the same packages installed. To run one again, remove its file and its folder.
 """
 
 import argparse
@@ -89,7 +88,7 @@ def report_finals(bench: Bench, *, smoke: bool) -> None:
     print_tables(rows, readings)
     draw(constant, decayed, bench.folder / PLOT.name if smoke else PLOT)
     if not smoke:
-        content = {"rows": rows, "readings": readings, "stages": bench.origins}
+        content = {"rows": rows, "readings": readings, "prepare": bench.commands["prepare"], "stages": bench.origins}
         print(f"written to {write_results('gstack_speedup', content)}")
 
 

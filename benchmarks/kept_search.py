@@ -4,16 +4,16 @@ So the stages of a long benchmark may run on several machines, one after the oth
 """
 
 import json
+import os
 import shutil
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
+FILES = "search.yaml", "results.json", "cost.json", "trials/*/run.yaml", "trials/*/summary.json"
+HISTORIES, GROWTHS = "trials/*/history.jsonl", "trials/*/growth/*.json"
 ORIGIN = "origin.json"
-FILES = "search.yaml", "results.json", "cost.json"
-TRIAL_FILES = "run.yaml", "summary.json"
-HISTORY = "history.jsonl"
 
 
 def keep(search: Path, file: Path, origin: dict[str, Any]) -> None:
@@ -25,36 +25,48 @@ def keep(search: Path, file: Path, origin: dict[str, Any]) -> None:
         origin: Where and how it was run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        aside = Path(folder)
+        aside, made = Path(folder) / "search", Path(folder) / "kept"
+        for found in (each for pattern in (*FILES, HISTORIES, GROWTHS) for each in search.glob(pattern)):
+            target = aside / found.relative_to(search)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found, target)
+        for history in aside.glob(HISTORIES):
+            history.write_text(_thinned(history.read_text()))
         (aside / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-        for name in FILES:
-            shutil.copyfile(search / name, aside / name)
-        for history in sorted(search.glob(f"trials/*/{HISTORY}")):
-            target = aside / "trials" / history.parent.name
-            target.mkdir(parents=True)
-            (target / HISTORY).write_text(_thinned(history.read_text()))
-            for name in TRIAL_FILES:
-                if (history.parent / name).exists():
-                    shutil.copyfile(history.parent / name, target / name)
+        archive = shutil.make_archive(str(made), "zip", aside)
         file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.make_archive(str(file.with_suffix("")), "zip", aside)
+        beside = file.with_suffix(".tmp")
+        shutil.copyfile(archive, beside)
+        os.replace(beside, file)
 
 
 def restore(file: Path, search: Path) -> dict[str, Any]:
-    """Makes the folder of a kept search where there is none. Returns where and how it was run."""
-    if not search.exists():
-        shutil.unpack_archive(file, search)
+    """Makes the folder of a kept search, if it is not there. Returns where and how it was run.
+
+    Raises:
+        SystemExit: If the folder is of another search.
+    """
     with zipfile.ZipFile(file) as archive:
-        return json.loads(archive.read(ORIGIN))
+        results, origin = archive.read("results.json"), json.loads(archive.read(ORIGIN))
+    if not search.exists():
+        with tempfile.TemporaryDirectory(dir=_made(search.parent)) as folder:
+            shutil.unpack_archive(file, Path(folder) / search.name)
+            os.replace(Path(folder) / search.name, search)
+    own = search / "results.json"
+    if not own.exists() or own.read_bytes() != results:
+        raise SystemExit(f"{search} is not the search that {file} keeps: remove one of them")
+    return origin
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _thinned(history: str) -> str:
     """The lines of evaluations and of the ends of phases."""
-    lines = [(json.loads(line), line) for line in history.splitlines()]
-    followers = [row["phase"] for row, _ in lines[1:]] + [None]
-    kept = [
-        line
-        for (row, line), follower in zip(lines, followers, strict=True)
-        if row.get("val_loss") or row["phase"] != follower
-    ]
-    return "\n".join([*kept, ""])
+    lines = history.splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
+    followers = [*(row["phase"] for row in rows[1:]), None]
+    told = zip(lines, rows, followers[: len(rows)], strict=True)
+    return "".join(line for line, row, follower in told if row.get("val_loss") or row["phase"] != follower)

@@ -93,7 +93,7 @@ def evaluate_model(
         FileNotFoundError: If a folder or a file in it is missing.
         ValueError: If a file is damaged, the data was prepared with another tokenizer than the model's, the split is
             shorter than one sequence, a number is out of range, the model was not made for that sparsity, its loss is
-            no number, or there is no such device or it has too little memory.
+            no number, or there is no such device or it has too little memory for so many tokens.
     """
     if sequences < 0:
         raise ValueError(f"sequences={sequences}: must be at least 1, or 0 for all")

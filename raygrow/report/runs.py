@@ -150,14 +150,12 @@ def read_history(file: Path) -> list[dict[str, Any]]:
         ValueError: If a line is damaged; names it as `file:line`.
     """
     lines = []
-    # what is no text is no JSON either, and is told as such
-    content = file.read_text(encoding="utf-8", errors="replace")
-    for number, text in enumerate(content.splitlines(keepends=True), 1):
+    for number, text in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         try:
             line = json.loads(text)
             missing = {"phase", "step", "tokens", "flops", "seconds"} - line.keys()
-        except (json.JSONDecodeError, AttributeError) as error:
-            if not text.endswith("\n"):
+        except (ValueError, AttributeError) as error:  # bytes that are no text are a ValueError too
+            if not text.endswith(b"\n"):
                 break
             raise ValueError(f"{file}:{number} is damaged: {error}. Remove the line and try again.") from error
         if missing:

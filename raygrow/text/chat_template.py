@@ -123,7 +123,8 @@ def find_template(tokenizer: Tokenizer) -> str | None:
         return file
     found = tokenizer.settings.get("chat_template")
     if isinstance(found, list):  # several by name: for tools, for retrieval
-        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
+        named = [each for each in found if isinstance(each, dict)]
+        found = next((each.get("template") for each in named if each.get("name") == "default"), None)
     if found and not isinstance(found, str):
         raise ValueError(f"{SETTINGS_FILE}: chat_template holds a {type(found).__name__}, not a template")
     return found or None

@@ -74,6 +74,14 @@ def test_kernel_is_its_definition(
     assert torch.equal(given.found, given.found)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_not_a_number_exceeds_every_threshold() -> None:
+    x_1D, weight_DF = torch.zeros(1, 64, device="cuda"), torch.ones(64, 32, device="cuda")
+    x_1D[0, 3] = torch.nan
+    assert threshold_linear(x_1D, weight_DF, 10.0, None, Around()).isnan().all()
+
+
 def expert_case(scaled: str, gated: bool, dtype: torch.dtype, device: str) -> tuple[tuple[Any, ...], Tensor]:
     """Arguments of `threshold_expert_linear`, and what is right; what no row of an expert keeps is not a number."""
     generator = torch.Generator().manual_seed(2)
