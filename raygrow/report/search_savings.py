@@ -35,8 +35,9 @@ def decayed_speedup(contests: Sequence[Contest]) -> Estimate | None:
 
     Takes the best setting and the control of every budget, each where there is one; needs two budgets of both. Straight
     lines between budgets lie above a loss curve's bend: the arm that comes lower seems to need more than it does. That
-    makes the speedup rather smaller where it is the grown one, and rather larger where it is the control. An arm that is
-    lower with its smallest budget already counts with all of that: budgets must enclose what they are compared by.
+    makes the speedup rather smaller where it is the grown one, and rather larger where it is the control. An arm
+    that is lower with its smallest budget already counts with all of that: budgets must enclose what they are compared
+    by.
     """
     arms = [[c.best for c in contests if c.best], [c.control for c in contests if c.control]]
     if min(map(len, arms)) < 2:
