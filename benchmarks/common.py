@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from raygrow.evaluate.record import commit, versions
+from raygrow.evaluate.speed import processor
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def hardware() -> str:
     """GPUs where there are any, else the processor, in words."""
-    cores = f"{os.cpu_count()} {platform.machine()} cores"
+    cores = f"{os.cpu_count()} {platform.machine()} cores, {processor()}"
     if not torch.cuda.is_available():
         return cores
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {cores}"

@@ -91,12 +91,17 @@ def hardware(device: torch.device) -> str:
     """What computes, in words."""
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name(device)}"
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The name of this machine's CPU."""
     names = [
         line.partition(":")[2].strip()
         for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
         if line.startswith("model name")
     ]
-    return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    return (names or [platform.processor() or platform.machine()])[0]
 
 
 def _decode(engine: Engine, prompt: tuple[int, ...], answer: int) -> float:
