@@ -146,6 +146,7 @@ def impatient(folder: Path) -> Engine:
     return load_engine(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
 def test_nobody_has_to_ask_it_how_it_is(folder: Path, busy: bool):
     async def main(engine: EngineProcess) -> None:

@@ -135,6 +135,7 @@ STUCK = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
