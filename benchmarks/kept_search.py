@@ -4,12 +4,13 @@ So the stages of a long benchmark may run on several machines, one after the oth
 """
 
 import json
-import os
 import shutil
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from raygrow.weights.atomic import new_folder, replace_file
 
 FILES = "search.yaml", "results.json", "cost.json", "trials/*/run.yaml", "trials/*/summary.json"
 HISTORIES, GROWTHS = "trials/*/history.jsonl", "trials/*/growth/*.json"
@@ -33,11 +34,9 @@ def keep(search: Path, file: Path, origin: dict[str, Any]) -> None:
         for history in aside.glob(HISTORIES):
             history.write_text(_thinned(history.read_text()))
         (aside / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-        archive = shutil.make_archive(str(made), "zip", aside)
+        archive = Path(shutil.make_archive(str(made), "zip", aside))
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".tmp")
-        shutil.copyfile(archive, beside)
-        os.replace(beside, file)
+        replace_file(file, archive.read_bytes())
 
 
 def restore(file: Path, search: Path) -> dict[str, Any]:
@@ -49,18 +48,12 @@ def restore(file: Path, search: Path) -> dict[str, Any]:
     with zipfile.ZipFile(file) as archive:
         results, origin = archive.read("results.json"), json.loads(archive.read(ORIGIN))
     if not search.exists():
-        with tempfile.TemporaryDirectory(dir=_made(search.parent)) as folder:
-            shutil.unpack_archive(file, Path(folder) / search.name)
-            os.replace(Path(folder) / search.name, search)
+        with new_folder(search) as aside:
+            shutil.unpack_archive(file, aside)
     own = search / "results.json"
     if not own.exists() or own.read_bytes() != results:
         raise SystemExit(f"{search} is not the search that {file} keeps: remove one of them")
     return origin
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _thinned(history: str) -> str:
